@@ -1,0 +1,35 @@
+"""SmoothQuant and SmoothQuant+ for large language models.
+
+The public names are loaded on first use: importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from smoothquant_plus.evaluation.perplexity import evaluate
+    from smoothquant_plus.method.scheme import SCHEMES
+    from smoothquant_plus.pipeline import calibrate, quantize
+    from smoothquant_plus.runtime.load import load
+    from smoothquant_plus.verification import verify
+
+__all__ = ["SCHEMES", "calibrate", "evaluate", "load", "quantize", "verify"]
+
+_HOMES = {
+    "SCHEMES": "method.scheme",
+    "calibrate": "pipeline",
+    "evaluate": "evaluation.perplexity",
+    "load": "runtime.load",
+    "quantize": "pipeline",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smoothquant_plus' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"smoothquant_plus.{_HOMES[name]}"), name)

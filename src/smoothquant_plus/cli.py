@@ -1,0 +1,265 @@
+"""The command `sqplus`: one function per command, which only hands its options on and prints what comes back."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from smoothquant_plus import __version__
+from smoothquant_plus.errors import InputError, VerificationError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Model = Annotated[Path, typer.Argument(help="Directory of a Hugging Face model (safetensors).", show_default=False)]
+Any_ = Annotated[Path, typer.Argument(metavar="MODEL_OR_OUT", help="Directory of a model, quantized or not.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="FILE", help="A .txt or .jsonl file, or hf:NAME?config=..&split=..&column=.. ; may be repeated."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples, spread evenly over the text.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a sample.")]
+ComputeDtype = Annotated[str, typer.Option(help="What blocks are run in while measuring: float32 or checkpoint (the weights' own dtype).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
+Backend = Annotated[str | None, typer.Option(help="reference or torch; by default the best that supports each layer.")]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., None]:
+    """Run a command's function and end with its exit code: 0 done, 2 bad input, 3 verification failed, 130 interrupted."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        # transformers must never look for a hub, nor talk on stdout.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            function(*args, **kwargs)
+        except (InputError, VerificationError) as error:
+            err.print(f"error: {error}", markup=False)
+            raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            hint = " The disk is full: free some space and run the same command again, it continues where it was." if full else ""
+            err.print(f"error: {error}.{hint}", markup=False)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            err.print("interrupted: nothing is lost, run the same command again to continue.")
+            raise typer.Exit(130) from error
+
+    return app.command()(run)
+
+
+def show(value: Any, as_json: bool, human: Callable[[], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value) + "\n")
+    else:
+        human()
+
+
+def parse_dtype(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"unknown --dtype '{name}': choose float32, bfloat16 or float16.")
+    return getattr(torch, name)
+
+
+@command
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the quantized checkpoint.", show_default=False)],
+    scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8.")] = "w8a8",
+    activations: Annotated[str, typer.Option(help="token (per-token dynamic), tensor (per-tensor dynamic) or static (per-tensor).")] = "token",
+    weights: Annotated[str, typer.Option(help="channel (a scale per output channel) or tensor.")] = "channel",
+    smooth: Annotated[str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")] = "norms",
+    alpha: Annotated[str, typer.Option(help="Smoothing strength 0..1, or default: the family's published value.")] = "default",
+    text: Text = None,
+    statistics: Annotated[Path | None, typer.Option(help="Published activation maxima (.safetensors or .pt), instead of --text.")] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    compute_dtype: ComputeDtype = "float32",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Smooth and quantize MODEL into the new checkpoint OUT. Killed at any moment, the same command continues."""
+    from smoothquant_plus.pipeline import Calibration
+    from smoothquant_plus.pipeline import quantize as run
+
+    calibration = Calibration(tuple(text or ()), statistics, samples, seq_len, compute_dtype, device)
+    result = run(
+        model,
+        output,
+        scheme=scheme,
+        activations=activations,
+        weights=weights,
+        smooth=smooth,
+        alpha=alpha,
+        calibration=calibration,
+    )
+
+    def human() -> None:
+        out.print(
+            f"{result.output}: {result.scheme}, {result.blocks} blocks, alpha {result.alpha}, {result.bytes_before / 1e6:.1f} MB -> "
+            f"{result.bytes_after / 1e6:.1f} MB, equivalence error {result.equivalence_error:.1e}, {result.seconds:.1f} s, "
+            f"peak memory {result.peak_rss_mb / 1e3:.2f} GB"
+        )
+
+    show(result, as_json, human)
+
+
+@command
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="New .safetensors file for the statistics.", show_default=False)],
+    text: Text = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    compute_dtype: ComputeDtype = "float32",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure the per-channel activation maxima of MODEL alone, for `quantize --statistics` and for other tools."""
+    from smoothquant_plus.pipeline import Calibration
+    from smoothquant_plus.pipeline import calibrate as run
+
+    path = run(model, output, calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device))
+    show({"output": str(path)}, as_json, lambda: out.print(str(path)))
+
+
+@command
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by quantize.", show_default=False)],
+    against: Annotated[Path | None, typer.Option(help="The model it was made of: repeat every block and prove the smoothing.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check hashes, shapes and every quantized weight of OUT, bit by bit."""
+    from smoothquant_plus.verification import verify as run
+
+    report = run(output, against)
+
+    def human() -> None:
+        out.print(f"{output}: {report.files} files, {report.tensors} tensors and {report.linears} quantized weights are as they were written")
+        if report.equivalence_error is not None:
+            table = Table("linear", "relative weight error")
+            for name, error in report.weight_error.items():
+                table.add_row(name, f"{error:.2e}")
+            out.print(table)
+            out.print(f"every tensor follows from {against}; largest equivalence error of a block {report.equivalence_error:.1e}")
+
+    show(report, as_json, human)
+
+
+@command
+def evaluate(
+    model: Any_,
+    text: Text = None,
+    seq_len: SeqLen = 512,
+    stride: Annotated[int | None, typer.Option(help="How far the window moves; smaller than --seq-len gives more context. Default: seq-len.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on text."""
+    from smoothquant_plus.evaluation.perplexity import evaluate as run
+
+    result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, device=device, dtype=parse_dtype(dtype), backend=backend)
+    show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
+
+
+app.registered_commands[-1].name = "eval"
+
+
+@command
+def generate(
+    model: Any_,
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 64,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from smoothquant_plus.runtime.generate import generate as run
+
+    text = run(model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=parse_dtype(dtype), backend=backend)
+    show({"prompt": prompt, "text": text}, as_json, lambda: out.print(prompt + text, markup=False))
+
+
+@command
+def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, as_json: Json = False) -> None:
+    """What MODEL is and what it would become: family, pairs, sizes, memory. A config.json alone is enough."""
+    from smoothquant_plus.inspection import inspect as run
+
+    found = run(model, samples, seq_len)
+
+    def human() -> None:
+        alpha = "none published (0.5 is used)" if found.alpha is None else f"{found.alpha:g} (published)"
+        out.print(f"family {found.family}, {found.blocks} blocks, {found.parameters / 1e9:.3f} B parameters, alpha {alpha}")
+        pairs = Table("source", "feeds", "smoothed by")
+        for pair in found.pairs:
+            pairs.add_row(pair["source"], ", ".join(pair["sinks"]), f"--smooth {pair['smooth']}")
+        sizes = Table("weights", "GB on disk and to serve", "ratio")
+        before = next(iter(found.sizes.values()))
+        for name, size in found.sizes.items():
+            sizes.add_row(name, f"{size / 1e9:.3f}", f"{before / size:.2f}x smaller" if size != before else "")
+        out.print(pairs)
+        out.print(sizes)
+        out.print(f"memory to quantize with {samples} samples of {seq_len} tokens: about {found.memory_to_quantize / 1e9:.1f} GB")
+
+    show(found, as_json, human)
+
+
+@command
+def demo(
+    output: Annotated[Path | None, typer.Option("--out", help="Keep the models of the demo in this new directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the small model that ships with this package, naively and with SmoothQuant, and compare."""
+    from smoothquant_plus.demo.run import run
+
+    found = run(output)
+
+    def human() -> None:
+        out.print(found.introduction)
+        table = Table("model", "perplexity", "size MB", "tokens/s", "continues: " + found.prompt.replace("\n", "\\n"))
+        for row in found.rows:
+            table.add_row(row.name, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}", row.text)
+        out.print(table)
+        out.print(found.closing)
+
+    show(found, as_json, human)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """SmoothQuant and SmoothQuant+: 8-bit and 4-bit checkpoints that answer like the original."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit(0)
+
+
+def main() -> None:
+    app(prog_name="sqplus")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Accuracy and speed of a model, quantized or not."""

@@ -1,0 +1,105 @@
+"""Smoothing: the exactly equivalent rescaling of SmoothQuant (arXiv 2211.10438, Section 4) and SmoothQuant+ (arXiv 2312.03788).
+
+For a source (a norm, or a linear layer) whose output X feeds linear layers W:
+
+    s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha)        source_j /= s_j        W[:, j] *= s_j
+
+and (X / s) (s * W) = X W. `max|W_j|` runs over all the linears that the source feeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A channel is never scaled further than this either way: beyond it the rescaling only moves rounding error around.
+LARGEST_FACTOR = 1e5
+
+
+def factors(activation_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> Tensor:
+    """Smoothing factors s, float32 (K,), from max|X_j| and max|W_j| (K,) (SmoothQuant, Equation 4).
+
+    A channel that is dead on either side (a maximum of zero) keeps s = 1. Raises ValueError for an alpha outside 0..1, for shapes that
+    differ and for maxima that are not finite.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+    if activation_maxima.shape != weight_maxima.shape:
+        raise ValueError(f"activation maxima {tuple(activation_maxima.shape)} and weight maxima {tuple(weight_maxima.shape)} differ in shape")
+    activation_maxima, weight_maxima = activation_maxima.float(), weight_maxima.float()
+    if not (torch.isfinite(activation_maxima).all() and torch.isfinite(weight_maxima).all()):
+        raise ValueError("maxima that are NaN or infinite")
+    dead = (activation_maxima <= 0) | (weight_maxima <= 0)
+    s = activation_maxima.pow(alpha) / weight_maxima.pow(1 - alpha)
+    return torch.where(dead, torch.ones_like(s), s).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+
+
+def weight_maxima(weights: Sequence[Tensor]) -> Tensor:
+    """max|W_j| over the rows of all `weights` (N_i, K), float32 (K,)."""
+    return torch.stack([w.float().abs().amax(dim=0) for w in weights]).amax(dim=0)
+
+
+def share_within_groups(s: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Factors for v_proj -> o_proj under grouped-query attention: the query heads of a group read the same value head, so they share s.
+
+    `s` is (heads * head_dim,), as o_proj's input sees it, heads of one group next to each other. Returns the maximum over each group:
+    for the source's rows (groups * head_dim,), and repeated for the sink's columns (heads * head_dim,).
+    """
+    by_head = s.reshape(groups, -1, head_dim)  # (kv heads, query heads of the group, head_dim)
+    shared = by_head.amax(dim=1)  # (kv heads, head_dim)
+    return shared.reshape(-1), shared[:, None].expand_as(by_head).reshape(-1)
+
+
+@dataclass(frozen=True)
+class FoldedSource:
+    """What is left of a source after division: its new weight and bias (float32) and the factors that were really applied."""
+
+    weight: Tensor
+    bias: Tensor | None
+    s: Tensor
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype, offset: float = 0.0) -> FoldedSource:
+    """Divide a norm's gain and bias (K,) by `s`, rounded to the checkpoint's `dtype`. `offset` is 1 for norms that multiply by (1 + w).
+
+    The gain is stored in 16 bits, so gain / s is rounded; instead of accepting that as an error of the function, the factor is moved to
+    what the rounded gain says, s := gain / rounded, and the linears are multiplied by that: the pair stays exact.
+    Raises OverflowError when a value leaves the range of `dtype` or becomes zero.
+    """
+    gain = weight.float() + offset
+    rounded = to_storage(gain / s - offset, dtype, "the norm's gain")
+    applied = rounded + offset
+    lost = (applied == 0) & (gain != 0)
+    if bool(lost.any()):
+        raise OverflowError(f"the norm's gain underflows to zero in {name_of(dtype)} (channel {int(lost.nonzero()[0])})")
+    s = torch.where(gain != 0, gain / applied, s)
+    return FoldedSource(rounded, None if bias is None else to_storage(bias.float() / s, dtype, "the norm's bias"), s)
+
+
+def fold_linear_source(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype) -> FoldedSource:
+    """Divide a linear's output channels by `s`: the rows of its weight (N, K) and its bias (N,).
+
+    The weight stays float32 (it is quantized next); the bias is rounded to the checkpoint's `dtype`, in which it is stored.
+    """
+    return FoldedSource(weight.float() / s[:, None], None if bias is None else to_storage(bias.float() / s, dtype, "the bias"), s)
+
+
+def fold_sink(weight: Tensor, s: Tensor) -> Tensor:
+    """Multiply a linear's input channels, the columns of `weight` (N, K), by `s` (K,); float32."""
+    return weight.float() * s
+
+
+def to_storage(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """`x` rounded to `dtype` and back in float32. Raises OverflowError when a value leaves its range."""
+    stored = x.to(dtype).float()
+    if not bool(torch.isfinite(stored).all()):
+        channel = int((~torch.isfinite(stored)).nonzero()[0])
+        raise OverflowError(f"{what} overflows {name_of(dtype)} (channel {channel}: {x.flatten()[channel].item():.3g})")
+    return stored
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,322 @@
+"""A decoder as a stream of blocks: the skeleton has no weights, one block at a time is materialized, run and released."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.method.statistics import ChannelMaxima
+from smoothquant_plus.models.checkpoint import Checkpoint, read_config
+from smoothquant_plus.models.families import Family, find_family
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a model directory (config.json alone is enough).
+
+    Remote code is never run. Raises InputError for a missing file, a model type that transformers does not know, or bad values.
+    """
+    declared = read_config(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        if "auto_map" in declared:
+            raise InputError(
+                f"{directory} brings its own model code (auto_map in config.json), which is not run. Use a version of the model that "
+                "transformers supports itself."
+            ) from error
+        find_family(type("Declared", (), declared))  # the list of what is supported, for an unknown model_type
+        raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error}") from error
+    # What is built from this is always the unquantized skeleton; linears are replaced by us.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The transformers model with every parameter on the meta device (no memory) and its computed buffers, such as rotary
+    frequencies, real."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block's forward, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """Hidden states on their way through the decoder, per batch (samples, tokens, hidden), and how each block is called.
+
+    `calls[batch][block]`: each block's own arguments, so that sliding windows and per-layer masks are right.
+    """
+
+    hidden: list[Tensor]
+    calls: list[list[Call]] = field(default_factory=list)
+
+
+class _StopForward(Exception):  # noqa: N818 (not an error)
+    """Raised in the last block, to end the model's forward before its head."""
+
+
+class Decoder:
+    """The model in `checkpoint` as a stream of blocks. `dtype` is what blocks compute in, `device` where they do."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.config = load_config(checkpoint.directory)
+        self.family_name, self.family = find_family(self.config)
+        self.model = build_skeleton(self.config, dtype)
+        for name, buffer in list(self.model.named_buffers()):
+            assign(self.model, name, buffer.to(self.device))
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
+        self._names = disk_names(self.model, checkpoint, self.family)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def path(self, index: int) -> str:
+        """The module path of block `index`, such as 'model.layers.3'."""
+        return f"{self.family.blocks}.{index}"
+
+    def in_blocks(self, name: str) -> bool:
+        return name.startswith(f"{self.family.blocks}.")
+
+    @property
+    def known_names(self) -> set[str]:
+        """Names in the checkpoint of the tensors that the model has."""
+        return set(self._names.values())
+
+    @property
+    def head_names(self) -> set[str]:
+        """Names in the checkpoint of the output head's own tensors: none when it is tied to the input embedding and not stored."""
+        head = _head_path(self.model)
+        return {disk for name, disk in self._names.items() if head is not None and name.startswith(f"{head}.")}
+
+    def disk_name(self, name: str) -> str:
+        """The name in the checkpoint of the model's tensor `name`."""
+        return self._names[name]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self.checkpoint.tensors[self.disk_name(name)].dtype
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Names in the checkpoint of every tensor under block `index`, the model's own and any that it ignores."""
+        prefix = self.path(index) + "."
+        return [name for name in self.checkpoint.tensors if name.startswith(tuple(self.family.spellings(prefix)))]
+
+    @contextmanager
+    def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, in `dtype` (default: the compute dtype); released on leaving."""
+        block = self.blocks[index]
+        names = list(block.state_dict())
+        try:
+            for name in names:
+                assign(block, name, self._read(f"{self.path(index)}.{name}", _get(block, name).shape, dtype or self.dtype))
+            yield block
+        finally:
+            for name in names:
+                assign(block, name, torch.empty_like(_get(block, name), device="meta"))
+
+    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        tensor = self.checkpoint.read(self.disk_name(name))
+        if tensor.shape != shape:
+            raise InputError(
+                f"'{self.disk_name(name)}' in {self.checkpoint.directory} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(shape)}."
+            )
+        return tensor.to(self.device, dtype)
+
+    @torch.no_grad()
+    def embed(self, batches: list[Tensor], progress: Callable[[int], None] = lambda done: None) -> Stream:
+        """Run token ids, per batch (samples, tokens), up to the first block: the hidden states there and every block's arguments.
+
+        Only the modules on the way (embeddings, positions) are read, and released again.
+        """
+        inside = {id(module) for module in self.blocks.modules()}
+        outside = {name: m for name, m in self.model.named_modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))}
+        loaded: list[nn.Module] = []
+        hooks = []
+
+        def load(module: nn.Module, path: str) -> None:
+            if module in loaded:
+                return
+            loaded.append(module)
+            # Embedding tables stay in their stored dtype: rows are converted when they are looked up.
+            dtype = None if isinstance(module, nn.Embedding) else self.dtype
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                assign(module, name, self._read(f"{path}.{name}", parameter.shape, dtype))
+
+        for path, module in outside.items():
+            hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))
+            if isinstance(module, nn.Embedding):
+                hooks.append(module.register_forward_hook(lambda _m, _args, output: output.to(self.dtype)))
+
+        stream = Stream([])
+        calls: list[Call] = []
+        known: dict[Any, Tensor] = {}
+
+        def catch(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    stream.hidden.append(hidden_states.to("cpu", self.dtype))
+                calls.append(Call(_share(args, known), _share(kwargs, known)))
+                if index == len(self.blocks) - 1:
+                    raise _StopForward
+                return hidden_states
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = catch(index)
+        try:
+            for done, batch in enumerate(batches):
+                calls = []
+                try:
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                except _StopForward:
+                    stream.calls.append(calls)
+                progress(done + 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block in self.blocks:
+                del block.forward
+            for module in loaded:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    assign(module, name, torch.empty_like(parameter, device="meta"))
+        return stream
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, stream: Stream, batch: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The output of block `index` for one batch of the stream, on the CPU; computed in `dtype` (default: the compute dtype)."""
+        call = stream.calls[batch][index]
+        dtype = dtype or self.dtype
+        output = block(stream.hidden[batch].to(self.device, dtype), *_cast(call.args, dtype), **_cast(call.kwargs, dtype))
+        return (output[0] if isinstance(output, tuple) else output).cpu()
+
+    def run_all(self, block: nn.Module, index: int, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
+        """The outputs of block `index` for the whole stream, per batch."""
+        return [self.run(block, index, stream, batch, dtype) for batch in range(len(stream.hidden))]
+
+    def measure(
+        self, block: nn.Module, index: int, stream: Stream, progress: Callable[[int], None] = lambda done: None
+    ) -> tuple[dict[str, ChannelMaxima], list[Tensor]]:
+        """Run the whole stream through a block: the per-channel maxima of each linear's input, and the block's outputs per batch."""
+        maxima = {name: ChannelMaxima.empty(linear.in_features) for name, linear in linears(block).items()}
+        hooks = [
+            linear.register_forward_pre_hook(lambda _m, args, name=name: maxima[name].update(args[0]))
+            for name, linear in linears(block).items()
+        ]
+        try:
+            outputs = []
+            for batch in range(len(stream.hidden)):
+                outputs.append(self.run(block, index, stream, batch))
+                progress(batch + 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, channels in maxima.items():
+            if not bool(torch.isfinite(channels.maxima).all()):
+                raise InputError(
+                    f"the input of {self.path(index)}.{name} is not finite on the calibration text in {self.dtype}: use --compute-dtype float32."
+                )
+        return maxima, outputs
+
+
+def check_device(device: str) -> str:
+    """Raises InputError for a device that torch does not have here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"unknown device '{device}': give cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{device}' was asked for, but torch finds no CUDA device here: use --device cpu.")
+    return device
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a block by their path inside it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+    """{name in the model: name in the checkpoint} for every tensor of the model; an output head that is tied to the input embedding and
+    not stored is left out.
+
+    Raises InputError for a tensor that is not in the checkpoint.
+    """
+    tied = f"{_head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
+    names: dict[str, str] = {}
+    missing = []
+    for name in model.state_dict():
+        found = next((spelling for spelling in family.spellings(name) if spelling in checkpoint.tensors), None)
+        if found is not None:
+            names[name] = found
+        elif name != tied:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{checkpoint.directory} has no tensor '{missing[0]}'{more}, which its config.json asks for: the checkpoint is incomplete.")
+    return names
+
+
+def _head_path(model: Any) -> str | None:
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter or buffer `name` of `module` is, whatever its device, dtype or shape was."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    value = getattr(module.get_submodule(path), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _share(value: Any, known: dict[Any, Tensor]) -> Any:
+    """`value` with equal tensors replaced by one: batches of the same shape are called with equal masks and positions."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else b""
+        key = (value.shape, value.dtype, hashlib.sha256(content).digest())
+        return known.setdefault(key, value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_share(item, known) for item in value)
+    if isinstance(value, dict):
+        return {key: _share(item, known) for key, item in value.items()}
+    return value
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with every floating-point tensor in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value

@@ -1,0 +1,257 @@
+"""A checkpoint on disk: read tensor by tensor, written shard by shard in the compressed-tensors format."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.files import sha256, write_atomic, write_json
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+# Everything else that belongs to a model directory and is copied beside the quantized weights, where the source has it.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """A model directory with safetensors weights. Opening it reads headers only; `read` brings one tensor into memory.
+
+    Raises InputError, naming the file, for anything that is missing, damaged or not allowed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        self.shards = _find_shards(directory)
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard, expected in self.shards.items():
+            found = _read_header(directory / shard)
+            for name in expected or found:
+                if name not in found:
+                    raise InputError(f"{directory / INDEX} says that {shard} holds '{name}', but it does not: download the checkpoint again.")
+                self.tensors[name] = found[name]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in memory of its own. Raises InputError when it is not there or has values that are NaN or infinite."""
+        if name not in self.tensors:
+            raise InputError(f"{self.directory} has no tensor '{name}'.{did_you_mean(name, self.tensors)}")
+        path = self.directory / self.tensors[name].shard
+        try:
+            # Opened anew each time, and cloned: a mapping that stays open would keep every page that was ever read resident.
+            with safe_open(path, framework="pt") as shard:
+                tensor = shard.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"cannot read '{name}' from {path}: {error}") from error
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the weights without reading them: config, and each shard's size and the hash of its header."""
+        shards = {}
+        for shard in self.shards:
+            path = self.directory / shard
+            with path.open("rb") as file:
+                header = file.read(8)
+                header += file.read(int.from_bytes(header, "little"))
+            shards[shard] = {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
+        return {"config_sha256": sha256(self.directory / CONFIG), "shards": shards}
+
+    def modified(self) -> dict[str, int]:
+        """When each shard was last modified, in nanoseconds."""
+        return {shard: (self.directory / shard).stat().st_mtime_ns for shard in self.shards}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dictionary. Raises InputError when the directory or the file is missing or is not JSON."""
+    if not directory.is_dir():
+        hint = " Models are read from local directories: download it first." if not directory.exists() else ""
+        raise InputError(f"no such model directory: {directory}.{hint}")
+    path = directory / CONFIG
+    if not path.is_file():
+        raise InputError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return config
+
+
+def _find_shards(directory: Path) -> dict[str, list[str] | None]:
+    """The safetensors files of a checkpoint with the tensors that the index expects in each (None: whatever is in it)."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards: dict[str, list[str] | None] = {}
+            for name, shard in sorted(weight_map.items()):
+                names = shards.setdefault(shard, [])
+                assert names is not None
+                names.append(name)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index: {error!r}") from error
+        for shard in shards:
+            # A file name and nothing else: an index must not reach outside the model directory.
+            if Path(shard).name != shard or shard in ("", ".", ".."):
+                raise InputError(f"{index} names '{shard}', which is outside the model directory: refused.")
+            if not (directory / shard).is_file():
+                raise InputError(f"{directory / shard} is missing, but {INDEX} lists it: download it again.")
+        return dict(sorted(shards.items()))
+    if (directory / SINGLE).is_file():
+        return {SINGLE: None}
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{directory} has only pickled weights ({pickled[0]}), which can run code when they are read. Convert them once, in an environment "
+            "you trust: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors."
+        )
+    raise InputError(f"{directory} has no weights: neither {SINGLE} nor {INDEX} is there.")
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                piece = shard.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise InputError(f"'{name}' in {path} has dtype {piece.get_dtype()}, which is not supported ({', '.join(DTYPES)} are).")
+                found[name] = TensorInfo(path.name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or truncated ({error}): download it again.") from error
+    return found
+
+
+# What a quantized linear layer is on disk (docs/formats.md): int8 `weight` (N, K), float32 `weight_scale` (N, 1) or (1,), and for static
+# activations float32 `input_scale` (1,). The bias keeps its name and dtype.
+
+
+def linear_tensors(name: str, weight: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
+    """The tensors that the linear layer `name` is stored as."""
+    tensors = {f"{name}.weight": weight.values, f"{name}.weight_scale": weight.scale}
+    if input_scale is not None:
+        tensors[f"{name}.input_scale"] = input_scale
+    return tensors
+
+
+def linear_layout(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix, dtype and shape of each tensor of a quantized linear (rows, columns), without its bias."""
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.int8, (rows, columns)),
+        "weight_scale": (torch.float32, (rows, 1) if scheme.weights.strategy == "channel" else (1,)),
+    }
+    if not scheme.inputs.dynamic:
+        layout["input_scale"] = (torch.float32, (1,))
+    return layout
+
+
+def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: the compressed-tensors package's own schema, filled in."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    def arguments(quant: Quant) -> dict[str, Any]:
+        return {"num_bits": quant.bits, "type": "int", "symmetric": True, "strategy": quant.strategy, "dynamic": quant.dynamic}
+
+    group = {"targets": ["Linear"], "weights": arguments(scheme.weights), "input_activations": arguments(scheme.inputs)}
+    config = QuantizationConfig(
+        config_groups={"group_0": group}, format="int-quantized", quantization_status="compressed", ignore=ignore
+    )
+    return json.loads(config.model_dump_json(exclude_none=True))
+
+
+def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
+    """The scheme that a config.json declares; None for a checkpoint that is not quantized.
+
+    Raises InputError for a quantization that this package does not run.
+    """
+    declared = config.get("quantization_config")
+    if declared is None:
+        return None
+    groups = declared.get("config_groups") or {}
+    if declared.get("quant_method") != "compressed-tensors" or declared.get("format") != "int-quantized" or len(groups) != 1:
+        raise InputError(
+            f"{where / CONFIG} declares a quantization that cannot be run here (quant_method {declared.get('quant_method')!r}, format "
+            f"{declared.get('format')!r}): only compressed-tensors checkpoints in format 'int-quantized' with one group can."
+        )
+    (group,) = groups.values()
+
+    def quant(arguments: Mapping[str, Any] | None) -> Quant:
+        keys = {"num_bits": "bits", "strategy": "strategy", "symmetric": "symmetric", "dynamic": "dynamic"}
+        return Quant(**{ours: (arguments or {}).get(theirs) for theirs, ours in keys.items()})
+
+    try:
+        scheme = Scheme(
+            name="w8a8", weights=quant(group["weights"]), inputs=quant(group["input_activations"]), ignore=tuple(declared.get("ignore") or ())
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
+    assert scheme.name in SCHEMES
+    return scheme
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})) -> None:
+    """One safetensors file, atomically. Equal tensors are equal bytes as long as `metadata` has one entry (the library does not order it)."""
+    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            # The library reports a full disk as its own error type.
+            raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, f"cannot write {path}: {error}") from error
+
+    write_atomic(path, write)
+
+
+def write_index(directory: Path) -> None:
+    """model.safetensors.index.json for the shards that lie in `directory`."""
+    found = {path.name: _read_header(path) for path in sorted(directory.glob("model-*.safetensors"))}
+    weight_map = {name: shard for shard, tensors in found.items() for name in tensors}
+    total = sum(info.nbytes for tensors in found.values() for info in tensors.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

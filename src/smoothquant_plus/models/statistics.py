@@ -1,0 +1,58 @@
+"""Activation maxima as a file, `{linear's name: per-channel max|X|}`: ours, and the activation scales that other tools publish."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.models.blocks import Decoder, linears
+
+
+def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
+    """Maxima for every linear of every block, float32 (K,), from a .safetensors file or a .pt file (read with weights_only).
+
+    Raises InputError when the file cannot be read, a linear is missing, a shape is wrong, a value is negative or not finite, or linears
+    that read the same input have different maxima.
+    """
+    if not path.is_file():
+        raise InputError(f"no such statistics file: {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise InputError(f"{path}: statistics are read from .safetensors and .pt files.")
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be read as statistics: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a dictionary of per-channel maxima.")
+    statistics = {}
+    for index, block in enumerate(decoder.blocks):
+        for name, linear in linears(block).items():
+            full = f"{decoder.path(index)}.{name}"
+            statistics[full] = _checked(path, full, found, linear.in_features)
+        for pair in decoder.family.pairs:
+            first, *others = (f"{decoder.path(index)}.{sink}" for sink in pair.sinks)
+            for other in others:
+                if not torch.equal(statistics[first], statistics[other]):
+                    raise InputError(f"{path}: '{first}' and '{other}' read the same input, but their maxima differ.")
+    return statistics
+
+
+def _checked(path: Path, name: str, found: dict[str, Tensor], channels: int) -> Tensor:
+    value = found.get(name)
+    if not isinstance(value, Tensor):
+        raise InputError(f"{path} has no maxima for '{name}'.{did_you_mean(name, found)}")
+    if value.shape != (channels,):
+        raise InputError(f"{path}: '{name}' has shape {tuple(value.shape)}, and the layer has {channels} input channels.")
+    value = value.float()
+    if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+        raise InputError(f"{path}: '{name}' has maxima that are negative, NaN or infinite.")
+    return value

@@ -1,0 +1,174 @@
+"""Smoothing and quantizing one block that is in memory: the method applied to a model's modules."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_plus.errors import InputError, VerificationError
+from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_weight, scale_of
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.method.smooth import (
+    factors,
+    fold_linear_source,
+    fold_norm,
+    fold_sink,
+    share_within_groups,
+    weight_maxima,
+)
+from smoothquant_plus.models.blocks import Decoder, Stream, linears
+from smoothquant_plus.models.checkpoint import linear_tensors
+from smoothquant_plus.models.families import Pair
+
+# A right pair moves a block by rounding alone, about 1e-6; a wrong one by 0.2 and more (docs/pitfalls.md).
+EQUIVALENCE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class SmoothedPair:
+    """What smoothing did to one pair of a block: `s` float32, per input channel of the sinks."""
+
+    source: str
+    sinks: tuple[str, ...]
+    s: Tensor
+    dead_channels: int
+
+
+def smooth_block(
+    decoder: Decoder, index: int, block: nn.Module, pairs: Iterable[Pair], maxima: dict[str, Tensor], alpha: float
+) -> list[SmoothedPair]:
+    """Fold smoothing factors into the float32 weights of `block`, in place, one pair after the other.
+
+    `maxima` are the per-channel input maxima of the block's linears; the sinks' are divided by s in place, as their inputs now are.
+    Raises InputError when a folded value cannot be stored in the checkpoint's dtype, naming the tensor.
+    """
+    smoothed = []
+    for pair in pairs:
+        source = block.get_submodule(pair.source)
+        sinks = [block.get_submodule(sink) for sink in pair.sinks]
+        activation = maxima[pair.sinks[0]]
+        weights = weight_maxima([sink.weight for sink in sinks]).to(activation.device)
+        s = factors(activation, weights, alpha)
+        path = f"{decoder.path(index)}.{pair.source}"
+        if source.weight is None:
+            raise InputError(f"{path} has no weight to fold the smoothing factors into (a norm without gain): use --smooth none.")
+        try:
+            s = _fold_source(decoder, path, source, pair, s.to(source.weight.device))
+        except OverflowError as error:
+            raise InputError(
+                f"{path}: {error}. Its smoothed values do not fit the checkpoint's dtype: convert the checkpoint to bfloat16 or float32, or "
+                f"choose another --alpha (now {alpha:g})."
+            ) from error
+        for sink, name in zip(sinks, pair.sinks, strict=True):
+            sink.weight.copy_(fold_sink(sink.weight, s))
+            maxima[name] = maxima[name] / s.cpu()
+        smoothed.append(SmoothedPair(pair.source, pair.sinks, s.cpu(), int(((activation <= 0) | (weights <= 0)).sum())))
+    return smoothed
+
+
+def _fold_source(decoder: Decoder, path: str, source: nn.Module, pair: Pair, s: Tensor) -> Tensor:
+    """Divide the source by `s` in place; returns the factors that the sinks must be multiplied by."""
+    rows = s
+    if pair.rows == "kv_groups":
+        config = decoder.config
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        rows, s = share_within_groups(s, groups, len(source.weight) // groups)
+    bias = getattr(source, "bias", None)
+    if isinstance(source, nn.Linear):
+        # The weight is quantized next and never stored; only its bias is, in the checkpoint's dtype.
+        folded = fold_linear_source(source.weight, bias, rows, decoder.stored_dtype(f"{path}.weight"))
+    else:
+        folded = fold_norm(source.weight, bias, rows, decoder.stored_dtype(f"{path}.weight"), decoder.family.norm_offset)
+        s = folded.s
+    source.weight.copy_(folded.weight)
+    if bias is not None and folded.bias is not None:
+        bias.copy_(folded.bias)
+    return s
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear of a block, quantized: `error` is the relative Frobenius error of its (smoothed) weight, `digest` the sha256 of the
+    float32 weight that the integers stand for."""
+
+    weight: QuantizedWeight
+    input_scale: Tensor | None
+    error: float
+    digest: str
+
+
+def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
+    """Every linear of a (smoothed) block as integers, by path inside the block. `maxima` is read for static activations only."""
+    quantized = {}
+    for name, linear in linears(block).items():
+        try:
+            weight = quantize_weight(linear.weight.cpu(), scheme.weights)
+        except ValueError as error:
+            raise InputError(f"{decoder.path(index)}.{name}: {error}.") from error
+        back = dequantize(weight)
+        folded = linear.weight.cpu().float()
+        error = (torch.linalg.vector_norm(back - folded) / torch.linalg.vector_norm(folded).clamp_min(1e-30)).item()
+        input_scale = None if scheme.inputs.dynamic else scale_of(maxima[name].amax().reshape(1))
+        quantized[name] = QuantizedLinear(weight, input_scale, error, digest_of(back))
+    return quantized
+
+
+def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """What a block is on disk: its linears as integers, every other tensor in the dtype and under the name that the source has."""
+    path = decoder.path(index)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in block.state_dict().items():
+        if name.removesuffix(".weight") not in quantized:
+            disk = decoder.disk_name(f"{path}.{name}")
+            tensors[disk] = tensor.to("cpu", decoder.checkpoint.tensors[disk].dtype)
+    for name, linear in quantized.items():
+        disk = decoder.disk_name(f"{path}.{name}.weight").removesuffix(".weight")
+        tensors |= linear_tensors(disk, linear.weight, linear.input_scale)
+    # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
+    ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
+    return tensors | {name: decoder.checkpoint.read(name) for name in ignored}
+
+
+def digest_of(tensor: Tensor) -> str:
+    """sha256 of the tensor's values in memory order."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def prove_equivalent(
+    decoder: Decoder, block: nn.Module, index: int, stream: Stream, reference: list[Tensor], progress: Callable[[int], None] = lambda done: None
+) -> float:
+    """Run the smoothed `block` in float32 over the stream and compare with the original's outputs `reference`, also in float32: the largest
+    relative error over all tokens.
+
+    Raises VerificationError above the tolerance.
+    """
+    error = 0.0
+    for batch, before in enumerate(reference):
+        after = decoder.run(block, index, stream, batch, torch.float32)
+        error = max(error, relative_error(before, after, stream.hidden[batch]))
+        progress(batch + 1)
+    stored = {decoder.stored_dtype(f"{decoder.path(index)}.{name}") for name in block.state_dict()}
+    # A norm's bias divided by s is rounded to the dtype it is stored in; nothing else is (method/smooth.py).
+    tolerance = max(EQUIVALENCE_TOLERANCE, *(4 * torch.finfo(dtype).eps for dtype in stored if dtype.is_floating_point))
+    if not error <= tolerance:
+        raise VerificationError(
+            f"smoothing changed the function of {decoder.path(index)}: relative error {error:.2e}, tolerance {tolerance:.0e}. Nothing was "
+            f"published. The pairs declared for family '{decoder.family_name}' do not fit this model; --smooth none quantizes it unsmoothed."
+        )
+    return error
+
+
+def relative_error(before: Tensor, after: Tensor, hidden: Tensor) -> float:
+    """How far a block's change of the hidden states moved: the largest |after - before| / |before - hidden| over tokens, in float32.
+
+    `hidden` is what went into the block. Norms are per token over channels, and the residual stream is taken out: neither one huge token
+    nor a large residual can hide a wrong one.
+    """
+    before, after = before.float(), after.float()
+    difference = torch.linalg.vector_norm(after - before, dim=-1)
+    change = torch.linalg.vector_norm(before - hidden.float(), dim=-1)
+    return (difference / change.clamp_min(1e-30)).amax().item()

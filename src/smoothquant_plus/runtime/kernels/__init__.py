@@ -1,0 +1,58 @@
+"""Backends that multiply with quantized weights. Adding one is a file with these functions and an entry in `BACKENDS`
+(docs/add-a-kernel.md)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.runtime.kernels import reference, torch_int8
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What a backend's file has.
+
+    `supports` returns None, or the reason why it cannot run layers of this `shape` (N, K) there. `prepare` repacks a weight once, when it
+    is loaded. `linear` multiplies x (..., K) with what `prepare` returned and gives (..., N) in x's dtype; `input_scale` is the static
+    activation scale float32 (1,), None for dynamic activations.
+    """
+
+    def supports(self, scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None: ...
+
+    def prepare(self, weight: QuantizedWeight) -> tuple[Tensor, ...]: ...
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
+
+
+# In the order of preference.
+BACKENDS: dict[str, Any] = {"torch": torch_int8, "reference": reference}
+
+
+def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: str | None = None) -> tuple[str, Backend]:
+    """The backend called `name`, or the first that supports the layer; each choice is logged with the reasons against the others.
+
+    A backend asked for by name never falls back: InputError gives the reason.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise InputError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
+        reason = BACKENDS[name].supports(scheme, device, shape)
+        if reason is not None:
+            raise InputError(f"backend '{name}' cannot run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {reason}.")
+        return name, BACKENDS[name]
+    reasons = []
+    for candidate, backend in BACKENDS.items():
+        reason = backend.supports(scheme, device, shape)
+        if reason is None:
+            log.info("%s %dx%d on %s: backend %s%s", scheme.name, *shape, device, candidate, f" ({'; '.join(reasons)})" if reasons else "")
+            return candidate, backend
+        reasons.append(f"not {candidate}: {reason}")
+    raise InputError(f"no backend can run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {'; '.join(reasons)}.")

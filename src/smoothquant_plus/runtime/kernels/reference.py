@@ -1,0 +1,42 @@
+"""The meaning of a quantized linear layer, in plain torch, exact in the integers. Every other backend is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.method.integers import QuantizedWeight, quantize_input
+from smoothquant_plus.method.scheme import Quant, Scheme
+
+
+def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
+    return None
+
+
+def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
+    return weight.values, weight.scale.reshape(-1)
+
+
+def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    values, scale = prepared
+    return torch.ops.smoothquant_plus.reference_w8a8(x, values, scale, scheme.inputs.strategy == "token", input_scale, bias)
+
+
+@torch.library.custom_op("smoothquant_plus::reference_w8a8", mutates_args=())
+def _w8a8(x: Tensor, weight: Tensor, weight_scale: Tensor, per_token: bool, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = (int(x) @ weight.T) * input_scale * weight_scale + bias.
+
+    x (..., K) in any float dtype; weight int8 (N, K); weight_scale float32 (N,) or (1,); input_scale float32 (1,), or None for scales taken
+    from x, per token or over all of x; bias (N,). The sum over K is exact, scales and bias are applied in float32, y (..., N) is in x's dtype.
+    """
+    quant = Quant(bits=8, strategy="token" if per_token else "tensor", dynamic=input_scale is None)
+    integers, scale = quantize_input(x, quant, input_scale)
+    # float64 holds every sum of int8 products exactly (up to 2**53), and unlike integer products it is fast everywhere.
+    total = integers.double() @ weight.double().t()
+    y = total.float() * scale * weight_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@_w8a8.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, per_token: bool, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,50 @@
+"""A linear layer whose weight is integers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.runtime.kernels import select
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with W as integers and, in W8A8, x quantized on the way in.
+
+    x (..., in_features) in any float dtype; y (..., out_features) in the same. Inference only. The weight is repacked for the backend once,
+    here, and no other copy of it is kept. `backend` is chosen by `select` unless it is named; a named one that cannot run the layer raises
+    InputError.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        scheme: Scheme,
+        *,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.values.shape
+        if not scheme.inputs.dynamic and input_scale is None:
+            raise ValueError(f"static activation quantization needs the input scale of this {self.out_features}x{self.in_features} layer")
+        self.scheme = scheme
+        self.backend, self._kernels = select(scheme, weight.values.device, (self.out_features, self.in_features), backend)
+        for index, tensor in enumerate(self._kernels.prepare(weight)):
+            self.register_buffer(f"prepared_{index}", tensor, persistent=False)
+        self.register_buffer("input_scale", input_scale, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        """What the backend's `prepare` made of the weight."""
+        return tuple(buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("prepared_"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._kernels.linear(x, self.prepared, self.scheme, self.input_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}, backend={self.backend}"
+

@@ -1,0 +1,83 @@
+"""A checkpoint as a transformers model on a device, tensor by tensor: there is never a full-precision copy of a quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.models.blocks import assign, build_skeleton, check_device, disk_names, linears, load_config
+from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout, read_scheme
+from smoothquant_plus.models.families import find_family
+from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.linear import QuantLinear
+
+
+def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, backend: str | None = None) -> Any:
+    """The model in `directory`, quantized or not, ready to call, `generate()` and torch.compile.
+
+    `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'reference',
+    'torch', or None to choose for each layer. Raises InputError for a checkpoint, device or backend that cannot be used.
+    """
+    directory = Path(directory)
+    device = check_device(device)
+    config = load_config(directory)
+    _, family = find_family(config)
+    checkpoint = Checkpoint(directory)
+    scheme = read_scheme(checkpoint.config, directory)
+    if scheme is None and backend is not None:
+        raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
+    dtype = dtype or config.dtype or torch.float32
+    model: Any = build_skeleton(config, dtype)
+    names = disk_names(model, checkpoint, family)
+    for name, buffer in list(model.named_buffers()):
+        assign(model, name, buffer.to(device))
+
+    blocks = model.get_submodule(family.blocks)
+    quantized: set[str] = set()
+    with steps("load block", len(blocks)) as progress:
+        for index, block in enumerate(blocks):
+            for name, linear in linears(block).items() if scheme else ():
+                path = f"{family.blocks}.{index}.{name}"
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, _read_linear(checkpoint, names, path, linear, scheme, device, dtype, backend))
+                quantized.add(path)
+            progress.step()
+    for name, disk in names.items():
+        if name.rpartition(".")[0] not in quantized:
+            assign(model, name, checkpoint.read(disk).to(device=device, dtype=dtype))
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
+def _read_linear(
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    path: str,
+    linear: nn.Linear,
+    scheme: Scheme | None,
+    device: str,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> QuantLinear:
+    assert scheme is not None
+    disk = names[f"{path}.weight"].removesuffix(".weight")
+    tensors = {}
+    for suffix, (kind, shape) in linear_layout(scheme, linear.out_features, linear.in_features).items():
+        tensor = checkpoint.read(f"{disk}.{suffix}")
+        if (tensor.dtype, tuple(tensor.shape)) != (kind, shape):
+            raise InputError(
+                f"'{disk}.{suffix}' in {checkpoint.directory} is {tensor.dtype} {tuple(tensor.shape)}, and its config.json asks for {kind} {shape}."
+            )
+        tensors[suffix] = tensor.to(device)
+    bias = checkpoint.read(names[f"{path}.bias"]).to(device=device, dtype=dtype) if linear.bias is not None else None
+    weight = QuantizedWeight(tensors["weight"], tensors["weight_scale"], scheme.weights)
+    return QuantLinear(weight, scheme, input_scale=tensors.get("input_scale"), bias=bias, backend=backend)

@@ -1,0 +1,175 @@
+"""Proof that a checkpoint is what was written, and that what was written follows from the model it was made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError, VerificationError
+from smoothquant_plus.files import sha256
+from smoothquant_plus.method.integers import QuantizedWeight, dequantize
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.models.blocks import Decoder, build_skeleton, linears, load_config
+from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout, read_scheme
+from smoothquant_plus.models.families import active_pairs, find_family
+from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
+from smoothquant_plus.progress import steps
+from smoothquant_plus.text import synthetic_samples
+from smoothquant_plus.workspace import PLAN
+
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+
+
+@dataclass
+class Report:
+    """What was verified. `weight_error` is the relative Frobenius error of each quantized weight against the smoothed one."""
+
+    files: int = 0
+    tensors: int = 0
+    linears: int = 0
+    equivalence_error: float | None = None
+    weight_error: dict[str, float] = field(default_factory=dict)
+
+
+def manifest(directory: Path) -> dict[str, str]:
+    """{file name: sha256} of everything in an output directory, but the manifest itself."""
+    return {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    return _read_json(directory / PLAN)
+
+
+def verify(directory: str | Path, against: str | Path | None = None) -> Report:
+    """Check every file's hash, every tensor's shape and dtype, and every quantized weight bit by bit against the plan.
+
+    With `against`, the full-precision model it was made of, also repeat each block from it and compare all of its tensors bit by bit,
+    and prove the smoothing equivalent in float32 on random tokens.
+    Raises InputError when `directory` is not an output of this package, and VerificationError naming all that is wrong.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file() and not (directory / PLAN).is_file():
+        raise InputError(f"{directory} has no {MANIFEST} and no {PLAN}: it was not written by smoothquant-plus, so there is nothing to verify.")
+    report = Report()
+    problems = _check_hashes(directory, report)
+    try:
+        problems += _check_tensors(directory, report)
+    except InputError as error:  # a file that cannot even be read
+        problems.append(str(error))
+    if problems:
+        raise VerificationError(f"{directory} is damaged: " + "; ".join(dict.fromkeys(problems)))
+    if against is not None:
+        _check_against(directory, Path(against), report)
+    return report
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _check_hashes(directory: Path, report: Report) -> list[str]:
+    problems = []
+    try:
+        listed = _read_json(directory / MANIFEST)
+    except InputError as error:
+        return [str(error)]
+    for name, expected in listed.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256(path) != expected:
+            problems.append(f"{name} has changed (its sha256 is not the manifest's)")
+        report.files += 1
+    return problems
+
+
+def _check_tensors(directory: Path, report: Report) -> list[str]:
+    plan = read_plan(directory)
+    checkpoint = Checkpoint(directory)
+    scheme = read_scheme(checkpoint.config, directory)
+    if scheme is None:
+        return [f"config.json has no quantization_config, and {PLAN} says the model is quantized"]
+    config = load_config(directory)
+    _, family = find_family(config)
+    blocks = build_skeleton(config, torch.float32).get_submodule(family.blocks)
+    problems = []
+    with steps("verify block", len(plan["blocks"])) as progress:
+        for index, record in enumerate(plan["blocks"]):
+            for name, linear in linears(blocks[index]).items():
+                path = f"{family.blocks}.{index}.{name}"
+                path = next((p for p in family.spellings(path) if f"{p}.weight" in checkpoint.tensors), path)
+                wrong = _check_layout(checkpoint, path, scheme, linear.out_features, linear.in_features)
+                problems += wrong
+                if not wrong:
+                    weight = QuantizedWeight(checkpoint.read(f"{path}.weight"), checkpoint.read(f"{path}.weight_scale"), scheme.weights)
+                    if digest_of(dequantize(weight)) != record["linears"][name]["sha256"]:
+                        problems.append(f"the weight of '{path}' in {checkpoint.tensors[f'{path}.weight'].shard} is not the one in {PLAN}")
+                report.linears += 1
+            progress.step()
+    report.tensors = len(checkpoint.tensors)
+    return problems
+
+
+def _check_layout(checkpoint: Checkpoint, path: str, scheme: Scheme, rows: int, columns: int) -> list[str]:
+    problems = []
+    for suffix, (dtype, shape) in linear_layout(scheme, rows, columns).items():
+        info = checkpoint.tensors.get(f"{path}.{suffix}")
+        if info is None:
+            problems.append(f"tensor '{path}.{suffix}' is missing")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            problems.append(f"tensor '{path}.{suffix}' is {info.dtype} {info.shape} and must be {dtype} {shape}")
+    return problems
+
+
+@torch.no_grad()
+def _check_against(directory: Path, model: Path, report: Report) -> None:
+    """Make each block again from the full-precision model and the recorded statistics; every tensor must come out the same."""
+    plan = read_plan(directory)
+    decoder = Decoder(Checkpoint(model))
+    written = Checkpoint(directory)
+    scheme = Scheme(**plan["recipe"]["scheme"])
+    pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))
+    statistics = load_file(directory / STATISTICS)
+    stream = decoder.embed(synthetic_samples(decoder.config.vocab_size).batches)
+    report.equivalence_error = 0.0
+    in_blocks = set()
+    with steps("against block", len(decoder)) as progress:
+        for index in range(len(decoder)):
+            with decoder.block(index) as block:
+                path = decoder.path(index)
+                reference = decoder.run_all(block, index, stream, torch.float32)
+                if pairs:
+                    maxima = {name: statistics[f"{path}.{name}"] for name in linears(block)}
+                    smooth_block(decoder, index, block, pairs, maxima, plan["alpha"])
+                    error = prove_equivalent(decoder, block, index, stream, reference)
+                    report.equivalence_error = max(report.equivalence_error, error)
+                else:
+                    maxima = {name: statistics[f"{path}.{name}"] for name in linears(block) if f"{path}.{name}" in statistics}
+                quantized = quantize_block(decoder, index, block, scheme, maxima)
+                report.weight_error |= {f"{path}.{name}": linear.error for name, linear in quantized.items()}
+                expected = block_tensors(decoder, index, block, quantized)
+                in_blocks |= set(expected)
+                _compare(written, expected, model)
+            stream.hidden = reference
+            progress.step()
+    for name in written.tensors:
+        if name not in in_blocks:
+            _compare(written, {name: decoder.checkpoint.read(name)}, model)
+
+
+def _compare(written: Checkpoint, expected: dict[str, Tensor], model: Path) -> None:
+    for name, tensor in expected.items():
+        if not torch.equal(written.read(name), tensor):
+            raise VerificationError(
+                f"'{name}' in {written.directory / written.tensors[name].shard} is not what {model} gives: is that the model it was made of?"
+            )

@@ -1,0 +1,148 @@
+"""A run that can be killed at any moment and continued: what is done so far, beside the output, until it is complete.
+
+    .OUT.partial/recipe.json           what was asked for; another recipe is refused
+    .OUT.partial/output/               what will become OUT by one rename
+    .OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
+    .OUT.partial/stream-00004.safetensors   the hidden states that go into block 4
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.files import TEMPORARY_SUFFIX, sync, write_json
+from smoothquant_plus.models.checkpoint import write_shard
+
+RECIPE = "recipe.json"
+PLAN = "plan.json"
+
+
+class Workspace:
+    """The working directory beside `output`, held by one process at a time.
+
+    `recipe` is everything that decides the result; `stamps` are what else would betray a changed input while a run is unfinished (times
+    of modification). After entering, `complete` says that the output is there already, made by the same recipe: there is nothing to do.
+    Raises InputError when something else is at `output`, when an unfinished run there had another recipe (naming what differs), or when
+    another process is at work.
+    """
+
+    def __init__(self, output: Path, recipe: Mapping[str, Any], stamps: Mapping[str, Any]) -> None:
+        self.output = output
+        self.root = output.parent / f".{output.name}.partial"
+        self.recipe = json.loads(json.dumps(recipe))
+        self.stamps = json.loads(json.dumps(stamps))
+        self.directory = self.root / "output"
+        self.complete = False
+
+    def __enter__(self) -> Workspace:
+        if self.output.exists():
+            self.complete = recorded_recipe(self.output) == self.recipe
+            if not self.complete:
+                raise InputError(f"{self.output} exists already and is not the result of this command: choose another output, or remove it.")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(exist_ok=True)
+        self._lock = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.complete:
+                self._clear()  # what a run that was killed after publishing left behind
+                return self
+            self._check_recipe()
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise InputError(f"another process is writing {self.output} (it holds {self.root}): wait for it or stop it.") from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+        for leftover in self.root.rglob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        self.directory.mkdir(exist_ok=True)
+        (self.root / "blocks").mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def _check_recipe(self) -> None:
+        path = self.root / RECIPE
+        asked = {**self.recipe, **self.stamps}
+        if not path.is_file():
+            write_json(path, asked)  # the first file of a run: nothing has been done yet
+            return
+        earlier = json.loads(path.read_text())
+        differs = [
+            f"{key} was {earlier.get(key)!r} and is now {asked.get(key)!r}"
+            for key in sorted({*earlier, *asked})
+            if earlier.get(key) != asked.get(key)
+        ]
+        if differs:
+            raise InputError(
+                f"{self.root} holds an unfinished run with other options or inputs: {'; '.join(differs)}. Run the original command to continue "
+                "it, or remove that directory to start over."
+            )
+
+    @property
+    def blocks_done(self) -> int:
+        """How many blocks are complete; they are done in order."""
+        return len(list((self.root / "blocks").glob("*.json")))
+
+    def finish_block(self, index: int, record: Mapping[str, Any], statistics: Mapping[str, Tensor], stream: list[Tensor]) -> None:
+        """Block `index` is done and its shard is on disk. Keeps its statistics and the hidden states for the next block (none when nothing
+        is run), then commits by writing the record."""
+        write_shard(self.root / "blocks" / f"{index:05d}.safetensors", statistics)
+        if stream:
+            write_shard(self._stream(index + 1), {f"{batch:06d}": hidden for batch, hidden in enumerate(stream)})
+        write_json(self.root / "blocks" / f"{index:05d}.json", record)
+        self._stream(index).unlink(missing_ok=True)
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted((self.root / "blocks").glob("*.json"))]
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the finished blocks measured, together."""
+        statistics: dict[str, Tensor] = {}
+        for path in sorted((self.root / "blocks").glob("*.safetensors")):
+            statistics |= load_file(path)
+        return statistics
+
+    def stream(self) -> list[Tensor]:
+        """The hidden states that go into the first block that is not done."""
+        tensors = load_file(self._stream(self.blocks_done))
+        return [tensors[name].clone() for name in sorted(tensors)]
+
+    def _stream(self, index: int) -> Path:
+        return self.root / f"stream-{index:05d}.safetensors"
+
+    def publish(self, result: Path) -> None:
+        """Let `result`, the finished directory or file, appear under the output's name at once, and remove the rest."""
+        for path in [*result.rglob("*"), result]:
+            sync(path)
+        result.rename(self.output)
+        sync(self.output.parent)
+        self._clear()
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.root)
+
+
+def recorded_recipe(output: Path) -> Any:
+    """The recipe that an existing output says it was made by; None when it does not say."""
+    try:
+        if output.is_dir():
+            return json.loads((output / PLAN).read_text())["recipe"]
+        with safe_open(output, framework="pt") as file:
+            return json.loads((file.metadata() or {})["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
