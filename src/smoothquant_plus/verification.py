@@ -135,7 +135,12 @@ def _check_layout(checkpoint: Checkpoint, path: str, scheme: Scheme, rows: int, 
 def _check_against(directory: Path, model: Path, report: Report) -> None:
     """Make each block again from the full-precision model and the recorded statistics; every tensor must come out the same."""
     plan = read_plan(directory)
-    decoder = Decoder(Checkpoint(model))
+    checkpoint = Checkpoint(model)
+    made_of = plan["recipe"]["model"]
+    if checkpoint.fingerprint() != made_of:
+        differs = "config.json" if checkpoint.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
+        raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
+    decoder = Decoder(checkpoint)
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])
     pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))

@@ -47,6 +47,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     frequencies, real."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()  # outside: the context gives each assigned parameter a tensor of its own
     return model.eval()
 
 

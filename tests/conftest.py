@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import families
+import pytest
+import torch
+
+from smoothquant_plus.pipeline import Calibration
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(families.TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibration(text_file: Path) -> Calibration:
+    """Little text, for models where only the mechanism matters."""
+    return Calibration(text=(str(text_file),), samples=4, seq_len=32)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(name, dtype): the directory of a tiny model, made once a session; not to be written to."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str = "llama", dtype: torch.dtype = torch.float16) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = families.write(name, tmp_path_factory.mktemp(name) / name, dtype)
+        return made[name, dtype]
+
+    return get
