@@ -13,6 +13,9 @@ import torch
 
 from smoothquant_plus.pipeline import Calibration
 
+# The models here are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def build(name: str, seed: int = 0) -> Any:
     """The tiny model `name`, float32, with norm gains, biases and weights far from their initial values."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(TINY[name]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY[name]), dtype=torch.float32).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -240,10 +240,13 @@ def demo(
 
     def human() -> None:
         out.print(found.introduction)
-        table = Table("model", "perplexity", "size MB", "tokens/s", "continues: " + found.prompt.replace("\n", "\\n"))
+        table = Table("model", "perplexity", "size MB", "tokens/s")
         for row in found.rows:
-            table.add_row(row.name, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}", row.text)
+            table.add_row(row.name, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}")
         out.print(table)
+        for row in found.rows:
+            out.print(f"\n--- {row.name}", markup=False)
+            out.print(found.prompt + row.text, markup=False)
         out.print(found.closing)
 
     show(found, as_json, human)

@@ -17,7 +17,7 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256, write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme, find_scheme
-from smoothquant_plus.models.blocks import Decoder, Stream, check_device, linears, load_config
+from smoothquant_plus.models.blocks import Decoder, Stream, check_device, check_positions, linears, load_config
 from smoothquant_plus.models.checkpoint import (
     COMPANIONS,
     CONFIG,
@@ -32,7 +32,7 @@ from smoothquant_plus.models.sizes import stored_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.progress import Steps, note, peak_rss_mb, steps
-from smoothquant_plus.text import DATASET_PREFIX, Samples, check_texts, load_tokenizer, synthetic_samples, take_samples
+from smoothquant_plus.text import DATASET_PREFIX, Samples, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
 from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, read_plan, verify
 from smoothquant_plus.workspace import PLAN, Workspace
 
@@ -94,14 +94,14 @@ def quantize(
     strength = choose_alpha(decoder, smooth, alpha, notes)
     needed = smooth != "none" or not chosen.inputs.dynamic
     check_calibration(decoder, calibration, needed)
-    check_space(decoder, output, chosen, calibration)
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
 
     with Workspace(output, recipe, {"modified": decoder.checkpoint.modified()}) as work:
         if not work.complete:
+            check_space(decoder, work, chosen, calibration)
             samples = read_samples(decoder, calibration) if needed else None
+            copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             quantize_blocks(decoder, work, chosen, smooth, strength, calibration, samples)
-            copy_outside(decoder, work.directory)
             finish(decoder, work, chosen, recipe, {"alpha": strength, "tokens": samples.tokens if samples else 0, "notes": notes})
             verify(work.directory)
             work.publish(work.directory)
@@ -314,25 +314,28 @@ def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) 
     check_texts(calibration.text)
     if calibration.statistics:
         read_statistics(calibration.statistics, decoder)
-    longest = getattr(decoder.config, "max_position_embeddings", None)
-    if calibration.text and longest and calibration.seq_len > longest:
-        raise InputError(f"--seq-len {calibration.seq_len} is more than the {longest} positions that the model has.")
+    if calibration.text:
+        check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
 
 
-def check_space(decoder: Decoder, output: Path, scheme: Scheme, calibration: Calibration) -> None:
-    """Raises InputError when the disk cannot hold the output and the hidden states of an interrupted run."""
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: Calibration) -> None:
+    """Raises InputError when the disk cannot hold what is still to be written: the output and the hidden states of an interrupted run."""
+    free = shutil.disk_usage(work.root).free
     streams = 2 * calibration.samples * calibration.seq_len * decoder.config.hidden_size * 4
-    needed = stored_bytes(decoder.model, decoder.family, scheme) + streams
+    written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
+    needed = stored_bytes(decoder.model, decoder.family, scheme) + streams - written
     if free < needed:
-        raise InputError(f"{existing} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB there.")
+        raise InputError(
+            f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or choose "
+            "an output on another disk."
+        )
 
 
 def read_samples(decoder: Decoder, calibration: Calibration) -> Samples:
     if calibration.statistics:
         return synthetic_samples(decoder.config.vocab_size)
     samples = take_samples(calibration.text, load_tokenizer(decoder.checkpoint.directory), calibration.samples, calibration.seq_len)
+    check_ids(torch.cat(samples.batches, dim=1), decoder.config.vocab_size, decoder.checkpoint.directory)
     note(f"calibration: {len(samples.batches)} of the text's {samples.available} samples, {samples.tokens} tokens")
     return samples
 

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 console = Console(stderr=True, highlight=False)
 
+# Plain lines are for logs: the first and the last step, and no more than one every so often between them.
+SECONDS_BETWEEN_LINES = 2.0
+
 
 def peak_rss_mb() -> float:
     """The process's peak resident size in MB (10**6 bytes).
@@ -40,7 +43,7 @@ class Steps:
     def __init__(self, title: str, total: int, done: int, bar: Progress | None, task: TaskID | None) -> None:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.bar, self.task = bar, task
-        self.start = time.monotonic()
+        self.start = self.spoke = time.monotonic()
 
     def part(self, fraction: float) -> None:
         """`fraction` (0..1) of the present step is done."""
@@ -51,8 +54,10 @@ class Steps:
         """One more step is done."""
         self.done += 1
         self.part(0.0)
-        if self.bar is None:
-            elapsed = time.monotonic() - self.start
+        now = time.monotonic()
+        if self.bar is None and (self.done in (self.first + 1, self.total) or now - self.spoke > SECONDS_BETWEEN_LINES):
+            self.spoke = now
+            elapsed = now - self.start
             left = elapsed / (self.done - self.first) * (self.total - self.done)
             note(
                 f"{self.title} {self.done}/{self.total}{': ' + detail if detail else ''} "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import jinja2
 import torch
 from torch import Tensor
 
@@ -61,7 +62,8 @@ def _decode(path: Path) -> str:
 
 
 def _jsonl_documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(_decode(path).splitlines(), 1):
+    # Not splitlines(): it also breaks at characters that may stand inside a JSON string, such as U+2028.
+    for number, line in enumerate(_decode(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -74,11 +76,15 @@ def _jsonl_documents(path: Path, tokenizer: Any) -> Iterator[str]:
 def _document(record: Any, column: str, where: str, tokenizer: Any) -> str:
     if isinstance(record, dict) and isinstance(record.get(column), str):
         return record[column]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"{where} has chat messages, but the model's tokenizer has no chat template: give plain text instead.")
-        return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
-    raise InputError(f"{where} has neither a string '{column}' nor a list 'messages'.")
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except jinja2.TemplateError as error:
+            raise InputError(f"{where} has messages that the tokenizer's chat template refuses: {error}") from error
+    raise InputError(f"{where} has neither a string '{column}' nor a list of chat 'messages' with role and content.")
 
 
 def _dataset_documents(text: str, tokenizer: Any) -> Iterator[str]:
@@ -110,6 +116,15 @@ def encode(texts: Sequence[str], tokenizer: Any) -> Tensor:
     if not ids:
         raise InputError(f"the text is empty: {', '.join(texts)}.")
     return torch.tensor(ids)
+
+
+def check_ids(ids: Tensor, vocabulary: int, directory: Path) -> None:
+    """Raises InputError for a token id that the model in `directory`, of this `vocabulary`, has no embedding for."""
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer in {directory} gives token id {largest}, but config.json has vocab_size {vocabulary}: copy the model's own tokenizer there."
+        )
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,11 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Report:
     Raises InputError when `directory` is not an output of this package, and VerificationError naming all that is wrong.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"no such directory: {directory}.")
     if not (directory / MANIFEST).is_file() and not (directory / PLAN).is_file():
         raise InputError(f"{directory} has no {MANIFEST} and no {PLAN}: it was not written by smoothquant-plus, so there is nothing to verify.")
+    source = Checkpoint(Path(against)) if against is not None else None
     report = Report()
     problems = _check_hashes(directory, report)
     try:
@@ -65,8 +68,8 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Report:
         problems.append(str(error))
     if problems:
         raise VerificationError(f"{directory} is damaged: " + "; ".join(dict.fromkeys(problems)))
-    if against is not None:
-        _check_against(directory, Path(against), report)
+    if source is not None:
+        _check_against(directory, source, report)
     return report
 
 
@@ -132,15 +135,15 @@ def _check_layout(checkpoint: Checkpoint, path: str, scheme: Scheme, rows: int, 
 
 
 @torch.no_grad()
-def _check_against(directory: Path, model: Path, report: Report) -> None:
+def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     """Make each block again from the full-precision model and the recorded statistics; every tensor must come out the same."""
     plan = read_plan(directory)
-    checkpoint = Checkpoint(model)
+    model = source.directory
     made_of = plan["recipe"]["model"]
-    if checkpoint.fingerprint() != made_of:
-        differs = "config.json" if checkpoint.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
+    if source.fingerprint() != made_of:
+        differs = "config.json" if source.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
         raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
-    decoder = Decoder(checkpoint)
+    decoder = Decoder(source)
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])
     pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))

@@ -51,6 +51,9 @@ class Workspace:
             self.complete = recorded_recipe(self.output) == self.recipe
             if not self.complete:
                 raise InputError(f"{self.output} exists already and is not the result of this command: choose another output, or remove it.")
+        existing = next(parent for parent in self.output.absolute().parents if parent.exists())
+        if not existing.is_dir():
+            raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.root.mkdir(exist_ok=True)
         self._lock = os.open(self.root, os.O_RDONLY)
@@ -73,6 +76,8 @@ class Workspace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, InputError) and not self.complete and not self.blocks_done:
+            self._clear()  # there is nothing to continue, and the next try will have other options or inputs
         os.close(self._lock)
 
     def _check_recipe(self) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError
+from smoothquant_plus.models.blocks import check_positions, load_config
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.load import load
-from smoothquant_plus.text import check_texts, encode, load_tokenizer
+from smoothquant_plus.text import check_ids, check_texts, encode, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ def evaluate(
     check_texts(text)
     if not text:
         raise InputError("text to evaluate on is needed: give --text FILE.")
+    config = load_config(Path(model))
+    check_positions(config, seq_len, f"--seq-len {seq_len}")
     ids = encode(text, load_tokenizer(Path(model)))
+    check_ids(ids, config.vocab_size, Path(model))
     if len(ids) < 2:
         raise InputError(f"the text is too short: {', '.join(text)} has {len(ids)} token, and at least 2 are needed.")
     return perplexity(load(model, device=device, dtype=dtype, backend=backend), ids, seq_len, stride)

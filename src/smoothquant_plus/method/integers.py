@@ -49,7 +49,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
 def scale_of(maximum: Tensor) -> Tensor:
     """The symmetric int8 scale, float32, for absolute maxima of any shape: maximum / 127, and 1 where that is zero."""
     scale = maximum.float() / INT8_MAX
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # a NaN or infinite maximum stays visible in every result
 
 
 def quantize_input(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ def load_config(directory: Path) -> Any:
     declared = read_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         if "auto_map" in declared:
             raise InputError(
                 f"{directory} brings its own model code (auto_map in config.json), which is not run. Use a version of the model that "
@@ -36,6 +37,8 @@ def load_config(directory: Path) -> Any:
             ) from error
         find_family(type("Declared", (), declared))  # the list of what is supported, for an unknown model_type
         raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error}") from error
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise InputError(f"{directory / 'config.json'} has num_hidden_layers {config.num_hidden_layers}: there is no decoder block.")
     # What is built from this is always the unquantized skeleton; linears are replaced by us.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -44,9 +47,12 @@ def load_config(directory: Path) -> Any:
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The transformers model with every parameter on the meta device (no memory) and its computed buffers, such as rotary
-    frequencies, real."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    frequencies, real. Raises InputError for a configuration that transformers cannot build."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:  # each family checks its sizes in its own way
+        raise InputError(f"{Path(config.name_or_path) / 'config.json'} does not describe a model that can be built: {error}") from error
     model.tie_weights()  # outside: the context gives each assigned parameter a tensor of its own
     return model.eval()
 
@@ -129,19 +135,14 @@ class Decoder:
         names = list(block.state_dict())
         try:
             for name in names:
-                assign(block, name, self._read(f"{self.path(index)}.{name}", _get(block, name).shape, dtype or self.dtype))
+                assign(block, name, self._read(f"{self.path(index)}.{name}", dtype or self.dtype))
             yield block
         finally:
             for name in names:
                 assign(block, name, torch.empty_like(_get(block, name), device="meta"))
 
-    def _read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
-        tensor = self.checkpoint.read(self.disk_name(name))
-        if tensor.shape != shape:
-            raise InputError(
-                f"'{self.disk_name(name)}' in {self.checkpoint.directory} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(shape)}."
-            )
-        return tensor.to(self.device, dtype)
+    def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        return self.checkpoint.read(self.disk_name(name)).to(self.device, dtype)
 
     @torch.no_grad()
     def embed(self, batches: list[Tensor], progress: Callable[[int], None] = lambda done: None) -> Stream:
@@ -160,8 +161,8 @@ class Decoder:
             loaded.append(module)
             # Embedding tables stay in their stored dtype: rows are converted when they are looked up.
             dtype = None if isinstance(module, nn.Embedding) else self.dtype
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                assign(module, name, self._read(f"{path}.{name}", parameter.shape, dtype))
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                assign(module, name, self._read(f"{path}.{name}", dtype))
 
         for path, module in outside.items():
             hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))
@@ -242,13 +243,21 @@ class Decoder:
 
 def check_device(device: str) -> str:
     """Raises InputError for a device that torch does not have here."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f"unknown device '{device}': give cpu, cuda or cuda:N.") from error
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise InputError(f"unknown device '{device}': give cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device '{device}' was asked for, but torch finds no CUDA device here: use --device cpu.")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise InputError(f"device '{device}' was asked for, but torch finds {torch.cuda.device_count()} CUDA devices here, counted from 0.")
     return device
+
+
+def check_positions(config: Any, tokens: int, asked: str) -> None:
+    """Raises InputError when `asked`, an option that makes sequences of `tokens` tokens, is more than the model has positions for."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise InputError(f"{asked} is more than the {longest} positions that the model has (max_position_embeddings in config.json).")
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -260,21 +269,35 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict
     """{name in the model: name in the checkpoint} for every tensor of the model; an output head that is tied to the input embedding and
     not stored is left out.
 
-    Raises InputError for a tensor that is not in the checkpoint.
+    Raises InputError for a tensor that is not in the checkpoint, has another shape, or is integers that nothing explains. Only headers are
+    read for that.
     """
     tied = f"{_head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
     names: dict[str, str] = {}
     missing = []
-    for name in model.state_dict():
+    for name, tensor in model.state_dict().items():
         found = next((spelling for spelling in family.spellings(name) if spelling in checkpoint.tensors), None)
         if found is not None:
             names[name] = found
+            _check_stored(checkpoint, found, tensor.shape)
         elif name != tied:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{checkpoint.directory} has no tensor '{missing[0]}'{more}, which its config.json asks for: the checkpoint is incomplete.")
     return names
+
+
+def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
+    info = checkpoint.tensors[name]
+    path = checkpoint.directory / info.shard
+    if info.shape != shape:
+        raise InputError(f"'{name}' in {path} has shape {info.shape}, but config.json asks for {tuple(shape)}: is it this model's config.json?")
+    if not info.dtype.is_floating_point and not checkpoint.config.get("quantization_config"):
+        raise InputError(
+            f"'{name}' in {path} is {str(info.dtype).removeprefix('torch.')}, and config.json has no quantization_config that says what it stands "
+            "for: use the full-precision checkpoint."
+        )
 
 
 def _head_path(model: Any) -> str | None:

@@ -109,15 +109,16 @@ class Checkpoint:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dictionary. Raises InputError when the directory or the file is missing or is not JSON."""
     if not directory.is_dir():
-        hint = " Models are read from local directories: download it first." if not directory.exists() else ""
-        raise InputError(f"no such model directory: {directory}.{hint}")
+        if directory.exists():
+            raise InputError(f"{directory} is a file: give the directory of the model.")
+        raise InputError(f"no such model directory: {directory}. Models are read from local directories: download it first.")
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        raise InputError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object.")
     return config
@@ -135,11 +136,11 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
                 assert names is not None
                 names.append(name)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index: {error!r}") from error
+            raise InputError(f"{index} is not a safetensors index ({error!r}): download it again.") from error
         for shard in shards:
             # A file name and nothing else: an index must not reach outside the model directory.
-            if Path(shard).name != shard or shard in ("", ".", ".."):
-                raise InputError(f"{index} names '{shard}', which is outside the model directory: refused.")
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+                raise InputError(f"{index} names '{shard}', which is not a file name or outside the model directory: refused.")
             if not (directory / shard).is_file():
                 raise InputError(f"{directory / shard} is missing, but {INDEX} lists it: download it again.")
         return dict(sorted(shards.items()))

@@ -29,7 +29,12 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise InputError(f"{path}: statistics are read from .safetensors and .pt files.")
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        raise InputError(
+            f"{path} cannot be read as statistics: it is damaged, or it holds more than tensors, and pickled code is never run. Save a "
+            "dictionary of tensors, best as .safetensors."
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise InputError(f"{path} cannot be read as statistics: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a dictionary of per-channel maxima.")
@@ -49,7 +54,7 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
 def _checked(path: Path, name: str, found: dict[str, Tensor], channels: int) -> Tensor:
     value = found.get(name)
     if not isinstance(value, Tensor):
-        raise InputError(f"{path} has no maxima for '{name}'.{did_you_mean(name, found)}")
+        raise InputError(f"{path} has no maxima for '{name}'.{did_you_mean(name, map(str, found))}")
     if value.shape != (channels,):
         raise InputError(f"{path}: '{name}' has shape {tuple(value.shape)}, and the layer has {channels} input channels.")
     value = value.float()

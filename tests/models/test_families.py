@@ -1,0 +1,194 @@
+"""One set of properties, for every family and layout in tests/families.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from smoothquant_plus.demo.outliers import plant_outliers
+from smoothquant_plus.errors import VerificationError
+from smoothquant_plus.inspection import inspect
+from smoothquant_plus.models.blocks import Decoder, linears
+from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.families import FAMILIES, Pair, active_pairs, find_family, published_alpha
+from smoothquant_plus.models.transform import smooth_block
+from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.runtime.load import load
+from smoothquant_plus.runtime.linear import QuantLinear
+from smoothquant_plus.text import encode
+from smoothquant_plus.verification import verify
+
+ALL = pytest.mark.parametrize("name", families.TINY)
+# Text like the calibration's, so that static scales fit it.
+IDS = families.make_tokenizer()(families.TEXT[1000:1040], return_tensors="pt")["input_ids"]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model(ids).logits.float()
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    covered = {find_family(config)[0] for config in families.TINY.values()}
+    assert covered == set(FAMILIES)
+
+
+@ALL
+@pytest.mark.parametrize("smooth", ["norms", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_smoothing_with_random_factors_changes_nothing(name: str, smooth: str, dtype: torch.dtype, tiny: Callable[..., Path]) -> None:
+    """Random factors on every declared pair of every block: the whole model's logits stay."""
+    directory = tiny(name, dtype)
+    model, decoder = load(directory, dtype=torch.float32), Decoder(Checkpoint(directory))
+    before = logits(model)
+    generator = torch.Generator().manual_seed(1)
+    pairs = list(active_pairs(decoder.family, decoder.config, smooth))
+    assert pairs
+    for index, block in enumerate(model.get_submodule(decoder.family.blocks)):
+        maxima = {n: torch.rand(linear.in_features, generator=generator) * 20 + 0.05 for n, linear in linears(block).items()}
+        for pair in pairs:
+            maxima |= {sink: maxima[pair.sinks[0]] for sink in pair.sinks}
+        smoothed = smooth_block(decoder, index, block, pairs, maxima, 0.7)
+        assert all(pair.s.max() / pair.s.min() > 1.2 for pair in smoothed)
+    has_norm_bias = any("norm" in n and n.endswith("bias") for n, _ in model.named_parameters())
+    assert relative(logits(model), before) < (2 * torch.finfo(dtype).eps if has_norm_bias or smooth == "all" else 0.0) + 1e-5
+
+
+@ALL
+@pytest.mark.parametrize("activations", ["token", "tensor", "static"])
+def test_a_family_from_end_to_end(
+    name: str, activations: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """Quantize, verify, load on both backends, generate."""
+    source, out = tiny(name), tmp_path / "out"
+    result = quantize(source, out, activations=activations, smooth="all", calibration=calibration)
+    assert result.equivalence_error < 2e-3 and result.blocks == len(Decoder(Checkpoint(source)))
+    report = verify(out, source)
+    assert report.equivalence_error is not None and report.equivalence_error < 2e-3
+    assert report.linears == len(report.weight_error) and max(report.weight_error.values()) < 0.02
+
+    full, model = load(source, dtype=torch.float32), load(out, dtype=torch.float32)
+    blocks = model.get_submodule(find_family(model.config)[1].blocks)
+    assert not linears(blocks) and sum(isinstance(m, QuantLinear) for m in blocks.modules()) == report.linears
+    reference = logits(load(out, dtype=torch.float32, backend="reference"))
+    assert relative(logits(model), reference) < 1e-4
+    assert relative(reference, logits(full)) < 0.25
+    generated = model.generate(IDS[:, :5].repeat(2, 1), attention_mask=torch.ones(2, 5), max_new_tokens=6, do_sample=False)
+    assert generated.shape == (2, 11) and torch.equal(generated[0], generated[1])
+    # The cache: the whole sequence at once gives what token by token gave.
+    if activations != "tensor":  # whose scale depends on every token in the call
+        assert torch.equal(logits(model, generated)[0, 4:-1].argmax(-1), generated[0, 5:])
+
+
+@ALL
+def test_smoothing_recovers_what_planted_outliers_cost(
+    name: str, text_file: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Per-tensor static W8A8: with SmoothQuant at least 95% of the naive quantization's logit error is gone."""
+    model = families.build(name)
+    plain = logits(model)
+    plant_outliers(model, channels=2, scale=100.0)
+    assert relative(logits(model), plain) < 1e-4, "planting must not change the function"
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    families.make_tokenizer().save_pretrained(source)
+    ids = encode([str(text_file)], families.make_tokenizer())[None, :64]
+    expected = logits(model, ids)
+    error = {}
+    for smooth in ("none", "norms"):
+        quantize(source, tmp_path / smooth, activations="static", smooth=smooth, alpha=0.5, calibration=calibration)
+        error[smooth] = (logits(load(tmp_path / smooth), ids) - expected).square().mean().item()
+    assert error["norms"] < 0.05 * error["none"], error
+
+
+@ALL
+@pytest.mark.parametrize("activations", ["token", "tensor", "static"])
+def test_transformers_reads_it_by_itself(
+    name: str, activations: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """AutoModelForCausalLM with its own compressed-tensors support, as an independent reader."""
+    out = tmp_path / "out"
+    quantize(tiny(name), out, activations=activations, calibration=calibration)
+    ours, theirs = logits(load(out, dtype=torch.float32)), logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    # Static scales are stored, so both compute the same; dynamic ones are max/127 here and in vLLM's kernels, max/127.5 in that emulation.
+    assert relative(ours, theirs) < (5e-3 if activations == "static" else 0.05)
+
+
+@ALL
+def test_blocks_that_are_streamed_give_what_the_model_gives(name: str, tiny: Callable[..., Path]) -> None:
+    """Including a sliding window, whose mask differs from the causal one, and a last batch of another length."""
+    directory = tiny(name, torch.float32)
+    decoder, model = Decoder(Checkpoint(directory)), load(directory)
+    batches = [IDS, IDS[:, :7]]
+    stream = decoder.embed(batches)
+    assert all(p.is_meta for p in decoder.model.parameters()), "nothing stays in memory"
+    for index in range(len(decoder)):
+        with decoder.block(index) as block, torch.no_grad():
+            stream.hidden = decoder.run_all(block, index, stream, torch.float32)
+        assert all(p.is_meta for p in decoder.model.parameters())
+    for batch, ids in enumerate(batches):
+        with torch.no_grad():
+            captured: list[torch.Tensor] = []
+            last = model.get_submodule(f"{decoder.family.blocks}.{len(decoder) - 1}")
+            hook = last.register_forward_hook(lambda _m, _a, output, kept=captured: kept.append(output[0] if isinstance(output, tuple) else output))
+            model(ids)
+            hook.remove()
+        torch.testing.assert_close(stream.hidden[batch], captured[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_pair_is_caught_and_nothing_is_published(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = FAMILIES["llama"]
+    wrong = (Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")), *llama.pairs[1:])  # v_proj forgotten
+    monkeypatch.setitem(FAMILIES, "llama", replace(llama, pairs=wrong))
+    with pytest.raises(VerificationError, match=r"changed the function of model\.layers\.0: relative error .*--smooth none"):
+        quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+def test_relu_lets_a_factor_through_and_gelu_does_not() -> None:
+    for name, expected in (("opt", True), ("opt-gelu-untied", False)):
+        pairs = active_pairs(FAMILIES["opt"], families.TINY[name], "all")
+        assert any(pair.source == "fc1" for pair in pairs) is expected
+
+
+def test_published_alphas() -> None:
+    big = type("Config", (), {"hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 32000})
+    assert published_alpha(FAMILIES["llama"], big) == 0.9
+    assert published_alpha(FAMILIES["llama"], families.TINY["llama"]) == 0.85
+    assert published_alpha(FAMILIES["opt"], families.TINY["opt"]) == 0.5
+
+
+def test_a_530b_shape_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    config = {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "hidden_size": 20480,
+        "ffn_dim": 81920,
+        "num_hidden_layers": 105,
+        "num_attention_heads": 128,
+        "word_embed_proj_dim": 20480,
+        "vocab_size": 51200,
+        "torch_dtype": "float16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = inspect(tmp_path)
+    assert found.blocks == 105 and found.family == "opt"
+    assert found.parameters == pytest.approx(530e9, rel=0.01)
+    assert found.sizes["float16"] == 2 * found.parameters
+    assert found.sizes["float16"] / found.sizes["w8a8"] == pytest.approx(2.0, rel=0.01)
+    assert found.memory_to_quantize < 80e9

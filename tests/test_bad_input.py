@@ -1,0 +1,514 @@
+"""Everything a user can get wrong, through the command line: exit code 2, a message that names the file, tensor or option and the way out,
+and nothing left behind. At the end, what looks wrong and is not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import families
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from smoothquant_plus.cli import app
+from smoothquant_plus.models import checkpoint as checkpoint_module
+from smoothquant_plus.runtime.load import load
+
+SMALL = ("--samples", "4", "--seq-len", "32")
+INDEX = "model.safetensors.index.json"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose time to threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sqplus(*arguments: object) -> Result:
+    """The command as a user runs it; a traceback that escapes fails the test."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weight_map(model: Path) -> dict[str, str]:
+    return json.loads((model / INDEX).read_text())["weight_map"]
+
+
+def change_tensor(model: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    shard = model / weight_map(model)[name]
+    tensors = load_file(shard)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, shard, {"format": "pt"})
+
+
+def rewrite(model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Make `model` a single unsharded file of what `change` makes of all its tensors."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map(model).values())):
+        tensors |= load_file(model / shard)
+        (model / shard).unlink()
+    (model / INDEX).unlink()
+    save_file(change(tensors), model / "model.safetensors", {"format": "pt"})
+
+
+def put(value: float) -> Callable[[Tensor], Tensor]:
+    """The tensor with `value` in one place, not the first."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[5] = value
+        return tensor
+
+    return change
+
+
+class Bench:
+    """Where a case is made: a directory of its own, with copies of the tiny models and the command lines that use them."""
+
+    def __init__(self, here: Path, tiny: Callable[..., Path], quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.here, self._tiny, self._quantized, self.monkeypatch = here, tiny, quantized, monkeypatch
+        self.out = here / "OUT"
+        self.text = self.file("text.txt", families.TEXT)
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.here / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def model(self, name: str = "llama", **config: Any) -> Path:
+        """A copy of the tiny model `name` to break, with `config` changed in its config.json."""
+        path = shutil.copytree(self._tiny(name), self.here / "model", dirs_exist_ok=True)
+        edit_json(path / "config.json", **config)
+        return path
+
+    def quantized(self, **config: Any) -> Path:
+        """A copy of the tiny Llama, quantized."""
+        path = shutil.copytree(self._quantized, self.here / "quantized")
+        if config:
+            edit_json(path / "config.json", **config)
+        return path
+
+    def broken(self, change: Callable[[Path], object], name: str = "llama", **config: Any) -> list[object]:
+        """Quantize a model that `change` has damaged."""
+        model = self.model(name, **config)
+        change(model)
+        return self.quantize(model)
+
+    def quantize(self, model: Path | None = None, *options: object, text: Path | str | None = None, small: Sequence[str] = SMALL) -> list[object]:
+        return ["quantize", model or self.model(), self.out, "--text", text or self.text, *small, *options]
+
+    def with_statistics(self, name: str, write: Callable[[Path, dict[str, Tensor]], object]) -> list[object]:
+        """Quantize with a file of statistics that `write` makes from right ones."""
+        maxima = {}
+        for index in range(3):
+            maxima |= {f"model.layers.{index}.self_attn.{linear}": torch.ones(64) for linear in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            maxima |= {f"model.layers.{index}.mlp.{linear}": torch.ones(64) for linear in ("gate_proj", "up_proj")}
+            maxima |= {f"model.layers.{index}.mlp.down_proj": torch.ones(96)}
+        write(self.here / name, maxima)
+        return ["quantize", self.model(), self.out, "--statistics", self.here / name]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "quantized"
+    assert sqplus("quantize", tiny(), path, "--text", text_file, *SMALL).exit_code == 0
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny: Callable[..., Path], quantized: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, tiny, quantized, monkeypatch)
+
+
+class Case(NamedTuple):
+    """`make` gives the command line; the message must have every one of `says`. `late`: only found once that block was read."""
+
+    name: str
+    make: Callable[[Bench], Sequence[object]]
+    says: tuple[str, ...]
+    late: bool = False
+
+
+def no_gpu(b: Bench) -> list[object]:
+    b.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return b.quantize(None, "--device", "cuda")
+
+
+def no_space(b: Bench) -> list[object]:
+    b.monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    return b.quantize()
+
+
+def pickled(model: Path) -> None:
+    rewrite(model, dict)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def remove_from_index(model: Path, name: str) -> None:
+    edit_json(model / INDEX, weight_map={key: shard for key, shard in weight_map(model).items() if key != name})
+
+
+def truncate(model: Path) -> None:
+    shard = model / weight_map(model)[f"{Q_PROJ}.weight"]
+    os.truncate(shard, shard.stat().st_size - 10)
+
+
+def overflowing_gain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With --alpha 0 a channel is divided by 1 / max|W|: 0.5 here, and 6e4 / 0.5 is beyond float16."""
+    tensors["model.layers.0.input_layernorm.weight"][5] = 6e4
+    tensors[f"{Q_PROJ}.weight"][:, 5] = 2.0
+    return tensors
+
+
+def overflowing_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors["model.decoder.layers.0.self_attn_layer_norm.bias"][5] = 6e4
+    tensors["model.decoder.layers.0.self_attn.q_proj.weight"][:, 5] = 2.0
+    return tensors
+
+
+def underflowing_gain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors["model.layers.0.input_layernorm.weight"][5] = 1e-7
+    for name in ("q_proj", "k_proj", "v_proj"):
+        tensors[f"model.layers.0.self_attn.{name}.weight"][:, 5] = 0.01
+    return tensors
+
+
+def folding(b: Bench, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> list[object]:
+    return [*b.broken(lambda m: rewrite(m, change), name), "--alpha", "0"]
+
+
+def without_tokenizer(model: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+
+
+class Code:
+    """What a malicious pickle does when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/smoothquant-plus-ran-code",))
+
+
+def chat(b: Bench, messages: object, template: str | None) -> list[object]:
+    model = b.model()
+    if template:
+        (model / "chat_template.jinja").write_text(template)
+    return b.quantize(model, text=b.file("chat.jsonl", json.dumps({"messages": messages})))
+
+
+def data_set(b: Bench, query: str) -> list[object]:
+    (b.here / "set").mkdir()
+    b.file("set/train.jsonl", '{"text": "one"}\n')
+    return b.quantize(text=f"hf:{b.here / 'set'}?{query}")
+
+
+def existing(b: Bench) -> list[object]:
+    b.out.mkdir()
+    return b.quantize()
+
+
+def other_options(b: Bench) -> list[object]:
+    """A finished output, asked for with another alpha."""
+    return ["quantize", b.model(), b.quantized(), "--text", b.text, *SMALL, "--alpha", "0.3"]
+
+
+def statistics_without(name: str) -> Callable[[Path, dict[str, Tensor]], None]:
+    return lambda path, maxima: save_file({key: value for key, value in maxima.items() if key != name}, path)
+
+
+def statistics_with(**changed: Tensor) -> Callable[[Path, dict[str, Tensor]], None]:
+    return lambda path, maxima: save_file(maxima | {Q_PROJ: changed["q_proj"]}, path)
+
+
+CASES = [
+    # The model directory.
+    Case("no such directory", lambda b: b.quantize(b.here / "nowhere"), ("no such model directory", "/nowhere", "download it first")),
+    Case("a file as model", lambda b: b.quantize(b.text), ("/text.txt is a file", "the directory")),
+    Case("no config", lambda b: b.broken(lambda m: (m / "config.json").unlink()), ("/model has no config.json",)),
+    Case(
+        "config is not JSON",
+        lambda b: b.broken(lambda m: (m / "config.json").write_text("{")),
+        ("/model/config.json is not valid JSON", "line 1", "download it again"),
+    ),
+    Case("config is a list", lambda b: b.broken(lambda m: (m / "config.json").write_text("[]")), ("/model/config.json is not a JSON object",)),
+    Case("unknown family", lambda b: b.quantize(b.model(model_type="lama")), ("'lama'", "config.json", "Supported: llama", "Did you mean 'llama'?")),
+    Case("family not supported", lambda b: b.quantize(b.model(model_type="gpt2")), ("model_type 'gpt2'", "Supported: llama")),
+    Case("no family", lambda b: b.quantize(b.model(model_type=None)), ("model_type", "config.json", "Supported: llama")),
+    Case(
+        "remote code",
+        lambda b: b.quantize(b.model(model_type="new", auto_map={"AutoConfig": "new.Config"})),
+        ("/model", "auto_map", "not run", "Use a version"),
+    ),
+    Case("refused layout", lambda b: b.quantize(b.model("opt", do_layer_norm_before=False)), ("'opt'", "cannot be smoothed", "OPT-350m")),
+    Case("a word for a number", lambda b: b.quantize(b.model(hidden_size="wide")), ("/model/config.json", "hidden_size")),
+    Case("no heads", lambda b: b.quantize(b.model(num_attention_heads=0)), ("/model/config.json",)),
+    Case("no blocks", lambda b: b.quantize(b.model(num_hidden_layers=0)), ("/model/config.json", "num_hidden_layers")),
+    Case("inspect nothing", lambda b: ["inspect", b.here / "nowhere"], ("no such model directory", "/nowhere")),
+    Case("inspect an unknown family", lambda b: ["inspect", b.model(model_type="misral")], ("'misral'", "Did you mean 'mistral'?")),
+    # Its weights.
+    Case("pickled weights", lambda b: b.broken(pickled), ("pytorch_model.bin", "can run code", "save_pretrained")),
+    Case("no weights", lambda b: b.broken(lambda m: [p.unlink() for p in m.glob("model*")]), ("/model has no weights", "model.safetensors")),
+    Case(
+        "missing shard",
+        lambda b: b.broken(lambda m: next(m.glob("model-00002*")).unlink()),
+        ("/model/model-00002", "is missing", INDEX, "download it again"),
+    ),
+    Case("truncated shard", lambda b: b.broken(truncate), ("/model/model-0000", "truncated", "download it again")),
+    Case("index is not JSON", lambda b: b.broken(lambda m: (m / INDEX).write_text("{")), (f"/model/{INDEX}", "download it again")),
+    Case("index without map", lambda b: b.broken(lambda m: (m / INDEX).write_text("{}")), (f"/model/{INDEX}", "weight_map")),
+    Case(
+        "index points outside",
+        lambda b: b.broken(lambda m: edit_json(m / INDEX, weight_map=weight_map(m) | {"lm_head.weight": "../quantized/model.safetensors"})),
+        (f"/model/{INDEX}", "'../quantized/model.safetensors'", "outside the model directory", "refused"),
+    ),
+    Case(
+        "index names a number",
+        lambda b: b.broken(lambda m: edit_json(m / INDEX, weight_map=weight_map(m) | {"lm_head.weight": 3})),
+        (f"/model/{INDEX}",),
+    ),
+    Case(
+        "index names a tensor that is not there",
+        lambda b: b.broken(lambda m: edit_json(m / INDEX, weight_map=weight_map(m) | {"extra": "model-00001-of-00006.safetensors"})),
+        (f"/model/{INDEX}", "model-00001-of-00006.safetensors holds 'extra'", "download"),
+    ),
+    Case(
+        "missing tensor",
+        lambda b: b.broken(lambda m: remove_from_index(m, f"{Q_PROJ}.weight")),
+        (f"/model has no tensor '{Q_PROJ}.weight'", "incomplete"),
+    ),
+    Case(
+        "missing tensors",
+        lambda b: b.broken(lambda m: rewrite(m, lambda tensors: {name: t for name, t in tensors.items() if ".2." not in name})),
+        ("no tensor 'model.layers.2.", "and 8 more", "incomplete"),
+    ),
+    Case(
+        "wrong shape",
+        lambda b: b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", lambda t: t[:-1])),
+        (f"'{Q_PROJ}.weight'", "/model/model-0000", "(63, 64)", "(64, 64)", "config.json"),
+    ),
+    Case(
+        "wrong shape of the head",
+        lambda b: b.broken(lambda m: change_tensor(m, "lm_head.weight", lambda t: t[:-1])),
+        ("'lm_head.weight'", "(256, 64)", "(257, 64)", "config.json"),
+    ),
+    Case(
+        "unsupported dtype",
+        lambda b: b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", lambda t: t.to(torch.float8_e4m3fn))),
+        (f"'{Q_PROJ}.weight'", "/model/model-0000", "F8_E4M3", "not supported"),
+    ),
+    Case(
+        "integers instead of weights",
+        lambda b: b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", lambda t: t.to(torch.int8))),
+        (f"'{Q_PROJ}.weight'", "int8", "full-precision"),
+    ),
+    Case("NaN in a weight", lambda b: b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", put(torch.nan))), (f"'{Q_PROJ}.weight'", "NaN"), True),
+    Case(
+        "infinity in the embedding",
+        lambda b: b.broken(lambda m: change_tensor(m, "model.embed_tokens.weight", put(torch.inf))),
+        ("'model.embed_tokens.weight'", "/model/model-0000", "infinite"),
+    ),
+    Case(
+        "infinity in the head",
+        lambda b: b.broken(lambda m: change_tensor(m, "lm_head.weight", put(-torch.inf))),
+        ("'lm_head.weight'", "/model/model-0000", "infinite"),
+    ),
+    Case(
+        "gain overflows float16",
+        lambda b: folding(b, "llama", overflowing_gain),
+        ("model.layers.0.input_layernorm", "gain overflows float16", "channel 5", "bfloat16", "--alpha"),
+        True,
+    ),
+    Case(
+        "bias overflows float16",
+        lambda b: folding(b, "opt", overflowing_bias),
+        ("model.decoder.layers.0.self_attn_layer_norm", "bias overflows float16", "channel 5", "bfloat16", "--alpha"),
+        True,
+    ),
+    Case(
+        "gain underflows float16",
+        lambda b: folding(b, "llama", underflowing_gain),
+        ("model.layers.0.input_layernorm", "underflows to zero in float16", "channel 5", "--alpha"),
+        True,
+    ),
+    Case("quantized already", lambda b: b.quantize(b.quantized()), ("/quantized is quantized already", "full-precision")),
+    # Its tokenizer.
+    Case("no tokenizer", lambda b: b.broken(without_tokenizer), ("/model has no tokenizer", "tokenizer.json", "copy it")),
+    Case("damaged tokenizer", lambda b: b.broken(lambda m: (m / "tokenizer.json").write_text("{")), ("the tokenizer in", "/model", "cannot be read")),
+    Case(
+        "tokenizer of another model",
+        lambda b: b.broken(
+            lambda m: rewrite(m, lambda tensors: {name: t[:100] if len(t) == 257 else t for name, t in tensors.items()}), vocab_size=100
+        ),
+        ("/model", "tokenizer", "vocab_size", "100"),
+    ),
+    # Text.
+    Case("no text", lambda b: ["quantize", b.model(), b.out], ("--text FILE", "--statistics FILE")),
+    Case("no text to calibrate on", lambda b: ["calibrate", b.model(), b.here / "OUT.safetensors"], ("--text FILE",)),
+    Case("missing text", lambda b: b.quantize(text="nowhere.txt"), ("no such text file: nowhere.txt", "hf:NAME")),
+    Case("a table as text", lambda b: b.quantize(text=b.file("table.csv", "a,b")), ("/table.csv", "'.csv'", ".txt", ".jsonl")),
+    Case("empty text", lambda b: b.quantize(text=b.file("empty.txt", "")), ("the text is empty", "/empty.txt")),
+    Case(
+        "short text",
+        lambda b: b.quantize(text=b.file("short.txt", "x" * 64)),
+        ("/short.txt gives 3 samples of 32 tokens, and 4 were asked for", "--samples 3"),
+    ),
+    Case("binary text", lambda b: b.quantize(text=b.file("bytes.txt", b"\xff\xfe\x00")), ("/bytes.txt is not UTF-8",)),
+    Case("broken line", lambda b: b.quantize(text=b.file("a.jsonl", '{"text": "one"}\n\n{"text"')), ("/a.jsonl, line 3 is not JSON",)),
+    Case("line without text", lambda b: b.quantize(text=b.file("a.jsonl", '{"content": "one"}')), ("/a.jsonl, line 1", "'text'", "'messages'")),
+    Case("chat without template", lambda b: chat(b, [{"role": "user", "content": "one"}], None), ("/chat.jsonl, line 1", "chat template", "plain text")),
+    Case(
+        "chat that the template refuses",
+        lambda b: chat(b, [{"role": "tool", "content": "one"}], "{{ raise_exception('roles must alternate') }}"),
+        ("/chat.jsonl, line 1", "chat template", "roles must alternate"),
+    ),
+    Case("chat that is none", lambda b: chat(b, ["one"], "{% for m in messages %}{{ m.role }}{% endfor %}"), ("/chat.jsonl, line 1", "messages")),
+    Case("no such data set", lambda b: b.quantize(text="hf:nobody/nothing"), ("the data set hf:nobody/nothing cannot be read",)),
+    Case("no such split", lambda b: data_set(b, "split=test"), ("the data set hf:", "split=test", "cannot be read")),
+    Case("no such column", lambda b: data_set(b, "column=content"), ("row 1", "'content'")),
+    Case("unknown option of a data set", lambda b: data_set(b, "slit=train"), ("'slit'", "config, split and column")),
+    # Options.
+    Case("alpha too large", lambda b: b.quantize(None, "--alpha", "1.5"), ("--alpha 1.5", "between 0 and 1")),
+    Case("alpha below zero", lambda b: b.quantize(None, "--alpha=-0.1"), ("--alpha -0.1", "between 0 and 1")),
+    Case("alpha is NaN", lambda b: b.quantize(None, "--alpha", "nan"), ("--alpha nan", "between 0 and 1")),
+    Case("alpha is a word", lambda b: b.quantize(None, "--alpha", "strong"), ("--alpha strong", "'default' or a number between 0 and 1")),
+    Case("unknown scheme", lambda b: b.quantize(None, "--scheme", "w8a9"), ("unknown scheme 'w8a9'", "Did you mean 'w8a8'?")),
+    Case("unknown activations", lambda b: b.quantize(None, "--activations", "tokens"), ("'tokens'", "token, tensor, static", "Did you mean")),
+    Case("unknown weights", lambda b: b.quantize(None, "--weights", "row"), ("'row'", "channel or tensor")),
+    Case("unknown smooth", lambda b: b.quantize(None, "--smooth", "norm"), ("--smooth 'norm'", "none, norms, all", "Did you mean 'norms'?")),
+    Case("unknown compute dtype", lambda b: b.quantize(None, "--compute-dtype", "fp8"), ("compute dtype 'fp8'", "float32 or checkpoint")),
+    Case("unknown device", lambda b: b.quantize(None, "--device", "gpu"), ("device 'gpu'", "cpu, cuda or cuda:N")),
+    Case("device that holds nothing", lambda b: b.quantize(None, "--device", "meta"), ("device 'meta'", "cpu, cuda or cuda:N")),
+    Case("no GPU", no_gpu, ("device 'cuda'", "no CUDA device", "--device cpu")),
+    Case("no samples", lambda b: b.quantize(small=("--samples", "0")), ("--samples 0", "at least 1")),
+    Case("samples is a word", lambda b: b.quantize(small=("--samples", "many")), ("--samples", "'many'")),
+    Case("one token", lambda b: b.quantize(small=("--seq-len", "1")), ("--seq-len 1", "2 tokens")),
+    Case("long samples", lambda b: b.quantize(small=("--samples", "1", "--seq-len", "257")), ("--seq-len 257", "256 positions")),
+    Case("unknown option", lambda b: b.quantize(None, "--aplha", "0.5"), ("--aplha", "--alpha")),
+    Case("text and statistics", lambda b: b.quantize(None, "--statistics", b.text), ("--text", "--statistics", "not both")),
+    # Statistics.
+    Case("missing statistics", lambda b: b.with_statistics("s.pt", lambda path, maxima: None), ("no such statistics file", "/s.pt")),
+    Case("statistics of another kind", lambda b: b.with_statistics("s.npz", lambda path, maxima: path.touch()), ("/s.npz", ".safetensors and .pt")),
+    Case("damaged statistics", lambda b: b.with_statistics("s.safetensors", lambda path, maxima: path.write_text("x")), ("/s.safetensors", "cannot be read")),
+    Case("damaged .pt statistics", lambda b: b.with_statistics("s.pt", lambda path, maxima: path.write_text("x")), ("/s.pt", "cannot be read")),
+    Case(
+        "statistics with code",
+        lambda b: b.with_statistics("s.pt", lambda path, maxima: torch.save(maxima | {"code": Code()}, path)),
+        ("/s.pt", "never run", "safetensors"),
+    ),
+    Case(
+        "pickle as statistics",
+        lambda b: b.with_statistics("s.pt", lambda path, maxima: path.write_bytes(pickle.dumps({"code": Code()}))),
+        ("/s.pt", "never run", "safetensors"),
+    ),
+    Case("statistics in a list", lambda b: b.with_statistics("s.pt", lambda path, maxima: torch.save([1], path)), ("/s.pt is not a dictionary",)),
+    Case("statistics without names", lambda b: b.with_statistics("s.pt", lambda path, maxima: torch.save({0: torch.ones(1)}, path)), ("/s.pt", Q_PROJ)),
+    Case(
+        "statistics lack a linear",
+        lambda b: b.with_statistics("s.safetensors", statistics_without(Q_PROJ)),
+        (f"/s.safetensors has no maxima for '{Q_PROJ}'", "Did you mean"),
+    ),
+    Case(
+        "statistics of another size",
+        lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=torch.ones(32))),
+        ("/s.safetensors", f"'{Q_PROJ}'", "(32,)", "64 input channels"),
+    ),
+    Case("negative statistics", lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=-torch.ones(64))), (f"'{Q_PROJ}'", "negative")),
+    Case("NaN in statistics", lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=put(torch.nan)(torch.ones(64)))), (f"'{Q_PROJ}'", "NaN")),
+    Case(
+        "statistics that contradict",
+        lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=2 * torch.ones(64))),
+        ("/s.safetensors", f"'{Q_PROJ}'", "k_proj", "same input"),
+    ),
+    # The output.
+    Case("output exists", existing, ("/OUT exists already", "choose another output, or remove it")),
+    Case("output of other options", other_options, ("/quantized exists already", "choose another output, or remove it")),
+    Case("output is the model", lambda b: ["quantize", b.model(), b.here / "model", "--text", b.text, *SMALL], ("/model exists already",)),
+    Case(
+        "output below a file",
+        lambda b: ["quantize", b.model(), b.text / "deep" / "OUT", "--text", b.text, *SMALL],
+        ("/text.txt is a file", "choose another output"),
+    ),
+    Case("no space", no_space, ("0.00 GB free", "needs about", "free some space")),
+    Case(
+        "statistics of another suffix",
+        lambda b: ["calibrate", b.model(), b.here / "OUT.pt", "--text", b.text],
+        ("/OUT.pt", "ends in .safetensors"),
+    ),
+    # Verifying.
+    Case("verify nothing", lambda b: ["verify", b.here / "nowhere"], ("no such", "/nowhere")),
+    Case("verify a model", lambda b: ["verify", b.model()], ("/model has no manifest.json", "not written by smoothquant-plus")),
+    Case("verify against nothing", lambda b: ["verify", b.quantized(), "--against", b.here / "nowhere"], ("no such model directory", "/nowhere")),
+    # Evaluating and generating.
+    Case("evaluate on nothing", lambda b: ["eval", b.model()], ("--text FILE",)),
+    Case("evaluate on a missing file", lambda b: ["eval", b.model(), "--text", "nowhere.txt"], ("no such text file: nowhere.txt",)),
+    Case("evaluate on one token", lambda b: ["eval", b.model(), "--text", b.file("one.jsonl", '{"text": "<|end|>"}')], ("/one.jsonl has 1 token", "2")),
+    Case(
+        "long stride",
+        lambda b: ["eval", b.model(), "--text", b.text, "--seq-len", "16", "--stride", "17"],
+        ("--seq-len 16 --stride 17", "between 1 and the sequence length"),
+    ),
+    Case("no stride", lambda b: ["eval", b.model(), "--text", b.text, "--stride", "0"], ("--stride 0", "between 1")),
+    Case("long windows", lambda b: ["eval", b.model("opt"), "--text", b.text, "--seq-len", "257"], ("--seq-len 257", "256 positions")),
+    Case(
+        "foreign quantization",
+        lambda b: ["eval", b.quantized(quantization_config={"quant_method": "awq", "bits": 4}), "--text", b.text],
+        ("/quantized/config.json", "'awq'", "only compressed-tensors"),
+    ),
+    Case(
+        "integers without a quantization",
+        lambda b: ["eval", b.quantized(quantization_config=None), "--text", b.text, "--seq-len", "32"],
+        ("/quantized/model-0000", "int8", "quantization_config"),
+    ),
+    Case(
+        "evaluate a wrong shape",
+        lambda b: ["eval", b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", lambda t: t[:-1]))[1], "--text", b.text, "--seq-len", "32"],
+        (f"'{Q_PROJ}.weight'", "(63, 64)", "(64, 64)", "config.json"),
+    ),
+    Case("evaluate without tokenizer", lambda b: ["eval", b.broken(without_tokenizer)[1], "--text", b.text], ("/model has no tokenizer",)),
+    Case("unknown dtype", lambda b: ["eval", b.model(), "--text", b.text, "--dtype", "fp16"], ("--dtype 'fp16'", "float32, bfloat16 or float16")),
+    Case("unknown backend", lambda b: ["eval", b.quantized(), "--text", b.text, "--backend", "torhc"], ("backend 'torhc'", "Did you mean 'torch'?")),
+    Case("backend without integers", lambda b: ["eval", b.model(), "--text", b.text, "--backend", "torch"], ("/model is not quantized", "backend")),
+    Case("empty prompt", lambda b: ["generate", b.model(), "--prompt", ""], ("the prompt is empty",)),
+    Case("no new tokens", lambda b: ["generate", b.model(), "--prompt", "a", "--max-new-tokens", "0"], ("--max-new-tokens", "0")),
+    Case(
+        "long generation",
+        lambda b: ["generate", b.model("opt"), "--prompt", "abcdef", "--max-new-tokens", "251"],
+        ("--max-new-tokens 251", "6 tokens", "256 positions"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(bench: Bench, case: Case) -> None:
+    arguments = case.make(bench)
+    before = {path: path.stat().st_mtime_ns for path in bench.here.rglob("*")}
+    result = sqplus(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "error: " in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    for fragment in case.says:
+        assert fragment in result.stderr
+    assert "block 1/" not in result.stderr  # the first block was not even done
+    if not case.late:
+        assert "calibration: " not in result.stderr or case.name.startswith("infinity")
+    assert {path: path.stat().st_mtime_ns for path in bench.here.rglob("*")} == before, "something was left behind or changed"
