@@ -7,10 +7,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import families
 import pytest
 import torch
 
+import families
 from smoothquant_plus.pipeline import Calibration
 
 # The models here are tiny: a second thread costs more than it brings.

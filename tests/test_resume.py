@@ -26,6 +26,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import families
 from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.blocks import Decoder
@@ -138,32 +139,59 @@ def contents(home: Path) -> dict[str, str]:
     return {str(p.relative_to(home)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(home.rglob("*")) if p.is_file()}
 
 
-def call(what: str, model: Path, home: Path, calibration: Calibration) -> Callable[[], Any]:
-    """The call that is made again and again: its output is OUT in `home`."""
-    if what == "calibrate":
-        return partial(calibrate, model, home / "OUT.safetensors", calibration=calibration)
-    return partial(quantize, model, home / "OUT", smooth="all", calibration=calibration)
+@dataclass(frozen=True)
+class Inputs:
+    """A model of two blocks and little text, in a directory of their own."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(text=(str(self.folder / "text.txt"),), samples=2, seq_len=16)
+
+    def call(self, what: str, home: Path) -> Callable[[], Any]:
+        """What is called again and again: the output is OUT in `home`."""
+        if what == "calibrate":
+            return partial(calibrate, self.model, home / "OUT.safetensors", calibration=self.calibration)
+        return partial(quantize, self.model, home / "OUT", smooth="all", calibration=self.calibration)
+
+    def copy(self, folder: Path) -> Inputs:
+        """The same, times of modification included."""
+        shutil.copytree(self.folder, folder)
+        return Inputs(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(tiny("mistral-sliding-window"), folder / "model")
+    (folder / "text.txt").write_text(families.TEXT[:2000])
+    return Inputs(folder)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """An uninterrupted run: what it leaves in its home, and how many operations it takes."""
+    """An uninterrupted run: what it leaves, and how many operations that takes."""
 
     contents: dict[str, str]
     operations: int
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
     """whole('quantize') or whole('calibrate'), run once."""
     known: dict[str, Whole] = {}
 
     def get(what: str) -> Whole:
         if what not in known:
             home = tmp_path_factory.mktemp("whole")
-            ended = run(call(what, tiny(), home, calibration), home)
+            ended = run(inputs.call(what, home), home)
             assert ended.code == 0, ended.log
-            assert ended.measured == [0, 1, 2]
+            assert ended.measured == [0, 1]
             known[what] = Whole(contents(home), len(ended.operations))
         return known[what]
 
@@ -178,34 +206,304 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def killed_in_second_block(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the work of a killed run; not to be written to."""
+    home = tmp_path_factory.mktemp("killed")
+    ended = run(inputs.call("quantize", home), home, SECOND_BLOCK)
+    assert ended.code == -signal.SIGKILL, ended.log
+    return home
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["quantize", "calibrate"])
-def test_killed_at_every_operation(
-    what: str, whole: Callable[[str], Whole], tiny: Callable[..., Path], calibration: Calibration, home: Path
-) -> None:
+@pytest.mark.parametrize(("what", "step"), [("quantize", 1), ("calibrate", 3)])
+def test_killed_at_every_operation(what: str, step: int, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     expected = whole(what)
-    job = call(what, tiny(), home, calibration)
     output = next(iter(expected.contents)).partition("/")[0]
     continued = set()
-    for n in range(1, expected.operations + 1):
+    for n in range(1, expected.operations + 1, step):
         shutil.rmtree(home)
         home.mkdir()
-        killed = run(job, home, f"operation {n}: ")
+        killed = run(inputs.call(what, home), home, f"operation {n}: ")
         assert killed.code == -signal.SIGKILL, killed.log
+        where = killed.operations[-1]
         found = contents(home)
-        if (home / output).exists():
-            assert {path: found[path] for path in found if not path.startswith(".")} == expected.contents, killed.operations[-1]
-        # An fsync changes nothing: it is the state on disk that a run continues from, and each state is continued from once.
+        published = (home / output).exists()
+        if published:
+            assert {path: found[path] for path in found if path.startswith(output)} == expected.contents, where
+        # What is on disk decides how the next run goes on, and an fsync does not change that: each state is continued from once.
         state = (*found.items(), *sorted(path for path in home.rglob("*") if path.is_dir()))
         if state in continued:
             continue
         continued.add(state)
-        again = run(job, home)
-        assert again.code == 0, f"{killed.operations[-1]}\n{again.log}"
-        assert contents(home) == expected.contents, killed.operations[-1]
-        assert [path.name for path in home.iterdir()] == [output], killed.operations[-1]
-        # A block is done when its record is: it is never measured again.
-        done = sum(path.startswith(f".{output}.partial/blocks/") and path.endswith(".json") for path in found)
-        published = (home / output).exists() and output in {path.partition("/")[0] for path in found}
-        assert again.measured == ([] if published else list(range(done, 3))), killed.operations[-1]
-    assert len(continued) > expected.operations / 3
+
+        again = run(inputs.call(what, home), home)
+
+        assert again.code == 0, f"{where}\n{again.log}"
+        assert contents(home) == expected.contents, where
+        assert [path.name for path in home.iterdir()] == [output], where
+        # A block is done when its record is there, and is never measured again.
+        done = [path for path in found if Path(path).match("blocks/*.json")]
+        assert again.measured == ([] if published else list(range(len(done), 2))), where
+    assert len(continued) > expected.operations / step / 3
+
+
+def test_killed_again_and_again(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
+    stops = [
+        (f"open {PARTIAL}/blocks/00000.json.tmp", [0]),
+        (f"os.remove {PARTIAL}/stream-00000.safetensors\n", [0]),
+        (SECOND_BLOCK, [1]),
+        (f"open {PARTIAL}/output/manifest.json.tmp", [1]),
+        (f"os.rename {PARTIAL}/output\n", []),
+        (f"os.rmdir {PARTIAL}/blocks\n", []),
+        (f"os.rmdir {PARTIAL}\n", []),
+    ]
+    for stop, measured in stops:
+        ended = run(inputs.call("quantize", home), home, stop)
+        assert ended.code == -signal.SIGKILL, f"not killed at {stop}: {ended.log}"
+        assert ended.measured == measured, stop
+        assert ("continuing at block 2 of 2" in ended.log) == (measured == [1]), stop
+    assert run(inputs.call("quantize", home), home).code == 0
+    assert contents(home) == whole("quantize").contents
+    assert not (home / PARTIAL).exists()
+
+
+def test_half_written_files_are_ignored(killed_in_second_block: Path, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
+    shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
+    half = (home / PARTIAL / "stream-00001.safetensors").read_bytes()[:1000]
+    final = [
+        "recipe.json",
+        "output/model-00003-of-00004.safetensors",
+        "output/plan.json",
+        "output/of-another-version.json",
+        "blocks/00001.json",
+    ]
+    for name in [*final, "blocks/00001.safetensors", "stream-00002.safetensors"]:
+        (home / PARTIAL / f"{name}.tmp").write_bytes(half)
+
+    ended = run(inputs.call("quantize", home), home)
+
+    assert ended.code == 0, ended.log
+    assert ended.measured == [1]
+    assert contents(home) == whole("quantize").contents
+
+
+def test_half_written_recipe_is_ignored(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
+    (home / PARTIAL).mkdir()
+    (home / PARTIAL / "recipe.json.tmp").write_text('{"alpha": 0.')
+    assert run(inputs.call("quantize", home), home).code == 0
+    assert contents(home) == whole("quantize").contents
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"alpha": 0.25}, "alpha was 0.8 and is now 0.25"),
+        ({"smooth": "norms"}, "smooth was 'all' and is now 'norms'"),
+        (
+            {"activations": "static"},
+            "scheme.inputs.dynamic was True and is now False; scheme.inputs.strategy was 'token' and is now 'tensor'",
+        ),
+        ({"weights": "tensor"}, "scheme.weights.strategy was 'channel' and is now 'tensor'"),
+        ({"samples": 3}, "samples was 2 and is now 3"),
+        ({"seq_len": 8}, "seq_len was 16 and is now 8"),
+        ({"compute_dtype": "checkpoint"}, "compute_dtype was 'float32' and is now 'checkpoint'"),
+    ],
+)
+def test_other_options_are_refused(
+    changed: dict[str, Any], named: str, killed_in_second_block: Path, whole: Callable[[str], Whole], inputs: Inputs, home: Path
+) -> None:
+    shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
+    options = {key: value for key, value in changed.items() if key in ("alpha", "smooth", "activations", "weights")}
+    calibration = replace(inputs.calibration, **{key: value for key, value in changed.items() if key not in options})
+
+    with pytest.raises(InputError) as refused:
+        quantize(inputs.model, home / "OUT", **{"smooth": "all", **options}, calibration=calibration)
+
+    assert f"{home / PARTIAL} holds an unfinished run with other options or inputs: {named}. Run the original" in str(refused.value)
+    assert contents(home) == contents(killed_in_second_block)
+    again = run(inputs.call("quantize", home), home)
+    assert again.measured == [1]
+    assert contents(home) == whole("quantize").contents
+
+
+SHARD = "model-00002-of-00004.safetensors"
+
+
+def touch(inputs: Inputs) -> None:
+    os.utime(inputs.model / SHARD)
+
+
+def change_weight(inputs: Inputs) -> None:
+    """Another value in a shard, which keeps its size."""
+    content = bytearray((inputs.model / SHARD).read_bytes())
+    content[-1] ^= 1
+    (inputs.model / SHARD).write_bytes(content)
+
+
+def change_header(inputs: Inputs) -> None:
+    """Another header in a shard that keeps its size and its time of modification."""
+    path = inputs.model / SHARD
+    times = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"'))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def change_config(inputs: Inputs) -> None:
+    path = inputs.model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-5}))
+
+
+def change_tokenizer(inputs: Inputs) -> None:
+    with (inputs.model / "tokenizer_config.json").open("a") as file:
+        file.write("\n")
+
+
+def change_text(inputs: Inputs) -> None:
+    (inputs.folder / "text.txt").write_text(families.TEXT[1:2001])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (touch, f"modified.{SHARD}"),
+        (change_weight, f"modified.{SHARD}"),
+        (change_header, f"model.shards.{SHARD}.header_sha256"),
+        (change_config, "model.config_sha256"),
+        (change_tokenizer, "companions.tokenizer_config.json"),
+        (change_text, "text"),
+    ],
+)
+def test_other_inputs_are_refused(
+    change: Callable[[Inputs], None], named: str, killed_in_second_block: Path, inputs: Inputs, home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
+    changed = inputs.copy(tmp_path / "inputs")
+    change(changed)
+
+    with pytest.raises(InputError, match=f"unfinished run with other options or inputs: {named} was ") as refused:
+        changed.call("quantize", home)()
+
+    assert str(refused.value).count(" was ") == 1, "names more than what differs"
+    assert contents(home) == contents(killed_in_second_block)
+
+
+def test_moved_inputs_are_the_same_inputs(
+    killed_in_second_block: Path, whole: Callable[[str], Whole], inputs: Inputs, home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
+    assert run(inputs.copy(tmp_path / "moved").call("quantize", home), home).measured == [1]
+    assert contents(home) == whole("quantize").contents
+
+
+def times(home: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+
+
+def test_complete_output_is_left_alone(inputs: Inputs, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = inputs.call("quantize", home)()
+    before = times(home)
+    capfd.readouterr()
+
+    second = inputs.call("quantize", home)()
+
+    assert "block" not in capfd.readouterr().err
+    assert times(home) == before
+    own = {"seconds": 0.0, "peak_rss_mb": 0.0}  # of each run
+    assert asdict(replace(second, **own)) == asdict(replace(first, **own))
+    with pytest.raises(InputError, match="exists already"):
+        quantize(inputs.model, home / "OUT", smooth="norms", calibration=inputs.calibration)
+    assert times(home) == before
+
+
+def test_complete_statistics_are_left_alone(inputs: Inputs, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = inputs.call("calibrate", home)()
+    before = times(home)
+    capfd.readouterr()
+    assert inputs.call("calibrate", home)() == first
+    assert "block" not in capfd.readouterr().err
+    assert times(home) == before
+    with pytest.raises(InputError, match="exists already"):
+        calibrate(inputs.model, first, calibration=replace(inputs.calibration, samples=1))
+    assert times(home) == before
+
+
+@pytest.mark.parametrize("what", ["quantize", "calibrate"])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_not_ours_is_left_alone(what: str, kind: str, inputs: Inputs, home: Path) -> None:
+    output = home / ("OUT.safetensors" if what == "calibrate" else "OUT")
+    if kind == "file":
+        output.write_text("of somebody else")
+    else:
+        output.mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        inputs.call(what, home)()
+    assert [path.name for path in home.iterdir()] == [output.name]
+
+
+def test_one_process_at_a_time(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
+    with started(inputs.call("quantize", home), home, SECOND_BLOCK, signal.SIGSTOP) as first:
+        wait_until_stopped(first.pid)
+        before = contents(home)
+        with pytest.raises(InputError, match="another process is writing"):
+            inputs.call("quantize", home)()
+        assert contents(home) == before
+        os.kill(first.pid, signal.SIGCONT)
+        first.join(60)
+        assert first.exitcode == 0
+    assert contents(home) == whole("quantize").contents
+
+
+def wait_until_stopped(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline, "the child was not stopped"
+        time.sleep(0.01)
+
+
+@contextmanager
+def default_interrupt() -> Iterator[None]:
+    """SIGINT as a terminal gives it to a child, even where the tests themselves run in the background with it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.slow
+def test_interrupted_command_continues(inputs: Inputs, text_file: Path, home: Path) -> None:
+    options = [
+        "--text",
+        str(text_file),
+        "--samples",
+        "150",
+        "--seq-len",
+        "64",
+    ]  # long enough to be in the second block when the signal comes
+    command = ["quantize", str(inputs.model), str(home / "OUT"), *options]
+    with default_interrupt():
+        process = subprocess.Popen([sys.executable, "-m", "smoothquant_plus.cli", *command], stderr=subprocess.PIPE, text=True)
+    guard = threading.Timer(120, process.kill)
+    guard.start()
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("block 1/"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    finally:
+        guard.cancel()
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    assert [path.name for path in home.iterdir()] == [PARTIAL]
+
+    again = CliRunner().invoke(app, command)
+
+    assert again.exit_code == 0, again.output
+    assert "continuing at block 2 of 2" in again.stderr
+    assert [path.name for path in home.iterdir()] == ["OUT"]
+    verify(home / "OUT")

@@ -86,9 +86,13 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the quantized checkpoint.", show_default=False)],
     scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8.")] = "w8a8",
-    activations: Annotated[str, typer.Option(help="token (per-token dynamic), tensor (per-tensor dynamic) or static (per-tensor).")] = "token",
+    activations: Annotated[
+        str, typer.Option(help="token (per-token dynamic), tensor (per-tensor dynamic) or static (per-tensor).")
+    ] = "token",
     weights: Annotated[str, typer.Option(help="channel (a scale per output channel) or tensor.")] = "channel",
-    smooth: Annotated[str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")] = "norms",
+    smooth: Annotated[
+        str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")
+    ] = "norms",
     alpha: Annotated[str, typer.Option(help="Smoothing strength 0..1, or default: the family's published value.")] = "default",
     text: Text = None,
     statistics: Annotated[Path | None, typer.Option(help="Published activation maxima (.safetensors or .pt), instead of --text.")] = None,
@@ -155,7 +159,9 @@ def verify(
     report = run(output, against)
 
     def human() -> None:
-        out.print(f"{output}: {report.files} files, {report.tensors} tensors and {report.linears} quantized weights are as they were written")
+        out.print(
+            f"{output}: {report.files} files, {report.tensors} tensors and {report.linears} quantized weights are as they were written"
+        )
         if report.equivalence_error is not None:
             table = Table("linear", "relative weight error")
             for name, error in report.weight_error.items():
@@ -171,7 +177,9 @@ def evaluate(
     model: Any_,
     text: Text = None,
     seq_len: SeqLen = 512,
-    stride: Annotated[int | None, typer.Option(help="How far the window moves; smaller than --seq-len gives more context. Default: seq-len.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="How far the window moves; smaller than --seq-len gives more context. Default: seq-len.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = None,

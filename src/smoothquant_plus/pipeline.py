@@ -164,7 +164,8 @@ def measure(
     decoder: Decoder, block: nn.Module, index: int, stream: Stream | None, given: dict[str, Tensor] | None, progress: Steps
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The input maxima of the block's linears, measured or given, and the original block's outputs per batch."""
-    maxima, outputs = {}, []
+    maxima: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
     if stream is not None:
         measured, outputs = decoder.measure(block, index, stream, halves(progress, 0.0, len(stream.hidden)))
         maxima = {name: channels.maxima for name, channels in measured.items()}
@@ -326,8 +327,8 @@ def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: 
     needed = stored_bytes(decoder.model, decoder.family, scheme) + streams - written
     if free < needed:
         raise InputError(
-            f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or choose "
-            "an output on another disk."
+            f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or "
+            "choose an output on another disk."
         )
 
 

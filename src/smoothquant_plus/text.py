@@ -23,12 +23,19 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
     from transformers import AutoTokenizer
 
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")):
+    if not any(
+        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    ):
         raise InputError(f"{directory} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy it from the model's source.")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise InputError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer in {directory} brings its own code (auto_map in tokenizer_config.json), which is not run. Use a version of the "
+                "model with a tokenizer.json."
+            ) from error
+        raise InputError(f"the tokenizer in {directory} cannot be read ({error!r}): copy it again from the model's source.") from error
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -40,7 +47,9 @@ def check_texts(texts: Sequence[str]) -> None:
         if not path.is_file():
             raise InputError(f"no such text file: {text}. For a Hugging Face data set write {DATASET_PREFIX}NAME?split=train&column=text.")
         if path.suffix not in (".txt", ".jsonl"):
-            raise InputError(f"{text}: text is read from .txt (one document) and .jsonl (one document a line) files, not from '{path.suffix}'.")
+            raise InputError(
+                f"{text}: text is read from .txt (one document) and .jsonl (one document a line) files, not from '{path.suffix}'."
+            )
 
 
 def read_documents(texts: Sequence[str], tokenizer: Any) -> Iterator[str]:
@@ -82,7 +91,7 @@ def _document(record: Any, column: str, where: str, tokenizer: Any) -> str:
             raise InputError(f"{where} has chat messages, but the model's tokenizer has no chat template: give plain text instead.")
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # a template computes
             raise InputError(f"{where} has messages that the tokenizer's chat template refuses: {error}") from error
     raise InputError(f"{where} has neither a string '{column}' nor a list of chat 'messages' with role and content.")
 
@@ -123,7 +132,8 @@ def check_ids(ids: Tensor, vocabulary: int, directory: Path) -> None:
     largest = int(ids.max())
     if largest >= vocabulary:
         raise InputError(
-            f"the tokenizer in {directory} gives token id {largest}, but config.json has vocab_size {vocabulary}: copy the model's own tokenizer there."
+            f"the tokenizer in {directory} gives token id {largest}, but config.json has vocab_size {vocabulary}: copy the model's own "
+            "tokenizer there."
         )
 
 

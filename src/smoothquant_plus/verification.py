@@ -13,10 +13,10 @@ from torch import Tensor
 
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import sha256
-from smoothquant_plus.method.integers import QuantizedWeight, dequantize
+from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, build_skeleton, linears, load_config
-from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout, read_scheme
+from smoothquant_plus.models.blocks import Decoder, build_skeleton, disk_names, linears, load_config
+from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, linear_layout, read_scheme
 from smoothquant_plus.models.families import active_pairs, find_family
 from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.progress import steps
@@ -44,7 +44,12 @@ def manifest(directory: Path) -> dict[str, str]:
 
 
 def read_plan(directory: Path) -> dict[str, Any]:
-    return _read_json(directory / PLAN)
+    """plan.json. Raises InputError when that is not a plan."""
+    plan = _read_json(directory / PLAN)
+    for key, kind in (("recipe", dict), ("blocks", list)):
+        if not isinstance(plan, dict) or not isinstance(plan.get(key), kind):
+            raise InputError(f"{directory / PLAN} cannot be read as a plan: it has no '{key}'")
+    return plan
 
 
 def verify(directory: str | Path, against: str | Path | None = None) -> Report:
@@ -58,12 +63,14 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Report:
     if not directory.is_dir():
         raise InputError(f"no such directory: {directory}.")
     if not (directory / MANIFEST).is_file() and not (directory / PLAN).is_file():
-        raise InputError(f"{directory} has no {MANIFEST} and no {PLAN}: it was not written by smoothquant-plus, so there is nothing to verify.")
+        raise InputError(
+            f"{directory} has no {MANIFEST} and no {PLAN}: it was not written by smoothquant-plus, so there is nothing to verify."
+        )
     source = Checkpoint(Path(against)) if against is not None else None
     report = Report()
     problems = _check_hashes(directory, report)
     try:
-        problems += _check_tensors(directory, report)
+        _check_tensors(directory, report, problems)
     except InputError as error:  # a file that cannot even be read
         problems.append(str(error))
     if problems:
@@ -86,6 +93,8 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
         listed = _read_json(directory / MANIFEST)
     except InputError as error:
         return [str(error)]
+    if not isinstance(listed, dict):
+        return [f"{MANIFEST} does not list files with their sha256"]
     for name, expected in listed.items():
         path = directory / name
         if not path.is_file():
@@ -93,34 +102,52 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
         elif sha256(path) != expected:
             problems.append(f"{name} has changed (its sha256 is not the manifest's)")
         report.files += 1
+    for path in sorted(directory.iterdir()):
+        # Anything else, such as a model card, may lie beside what was written.
+        if path.name not in listed and (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, PLAN, *COMPANIONS)):
+            problems.append(f"{path.name} is not in {MANIFEST}")
     return problems
 
 
-def _check_tensors(directory: Path, report: Report) -> list[str]:
+def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None:
     plan = read_plan(directory)
     checkpoint = Checkpoint(directory)
     scheme = read_scheme(checkpoint.config, directory)
     if scheme is None:
-        return [f"config.json has no quantization_config, and {PLAN} says the model is quantized"]
+        problems.append(f"{CONFIG} has no quantization_config, and {PLAN} says the model is quantized")
+        return
+    declared, planned = scheme.model_dump(include={"weights", "inputs"}), plan["recipe"].get("scheme")
+    if not isinstance(planned, dict) or any(planned.get(key) != value for key, value in declared.items()):
+        problems.append(f"{CONFIG} declares another quantization than {PLAN}")
     config = load_config(directory)
     _, family = find_family(config)
-    blocks = build_skeleton(config, torch.float32).get_submodule(family.blocks)
-    problems = []
+    model = build_skeleton(config, torch.float32)
+    blocks = list(model.get_submodule(family.blocks).children())
+    if len(blocks) != len(plan["blocks"]):
+        problems.append(f"{CONFIG} has {len(blocks)} blocks, and {PLAN} has {len(plan['blocks'])} blocks")
     with steps("verify block", len(plan["blocks"])) as progress:
-        for index, record in enumerate(plan["blocks"]):
-            for name, linear in linears(blocks[index]).items():
+        for index, (block, record) in enumerate(zip(blocks, plan["blocks"], strict=False)):
+            for name, linear in linears(block).items():
                 path = f"{family.blocks}.{index}.{name}"
                 path = next((p for p in family.spellings(path) if f"{p}.weight" in checkpoint.tensors), path)
                 wrong = _check_layout(checkpoint, path, scheme, linear.out_features, linear.in_features)
                 problems += wrong
                 if not wrong:
                     weight = QuantizedWeight(checkpoint.read(f"{path}.weight"), checkpoint.read(f"{path}.weight_scale"), scheme.weights)
-                    if digest_of(dequantize(weight)) != record["linears"][name]["sha256"]:
+                    if digest_of(weight) != _recorded_digest(record, name):
                         problems.append(f"the weight of '{path}' in {checkpoint.tensors[f'{path}.weight'].shard} is not the one in {PLAN}")
                 report.linears += 1
             progress.step()
     report.tensors = len(checkpoint.tensors)
-    return problems
+    if not problems:
+        disk_names(model, checkpoint, family)  # raises for a tensor that is missing or has another shape, the norms and tables among them
+
+
+def _recorded_digest(record: Any, name: str) -> Any:
+    try:
+        return record["linears"][name]["sha256"]
+    except (LookupError, TypeError):  # a plan that was edited
+        return None
 
 
 def _check_layout(checkpoint: Checkpoint, path: str, scheme: Scheme, rows: int, columns: int) -> list[str]:
@@ -150,7 +177,7 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     statistics = load_file(directory / STATISTICS)
     stream = decoder.embed(synthetic_samples(decoder.config.vocab_size).batches)
     report.equivalence_error = 0.0
-    in_blocks = set()
+    in_blocks: set[str] = set()
     with steps("against block", len(decoder)) as progress:
         for index in range(len(decoder)):
             with decoder.block(index) as block:
@@ -170,14 +197,21 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                 _compare(written, expected, model)
             stream.hidden = reference
             progress.step()
+    from_blocks = {name for index in range(len(decoder)) for name in decoder.block_tensors(index)}
+    outside = [name for name in source.tensors if name not in from_blocks]
+    for name in outside:
+        _compare(written, {name: source.read(name)}, model)
     for name in written.tensors:
-        if name not in in_blocks:
-            _compare(written, {name: decoder.checkpoint.read(name)}, model)
+        if name not in in_blocks and name not in outside:
+            raise VerificationError(f"'{name}' in {directory / written.tensors[name].shard} does not come from {model}.")
 
 
 def _compare(written: Checkpoint, expected: dict[str, Tensor], model: Path) -> None:
     for name, tensor in expected.items():
-        if not torch.equal(written.read(name), tensor):
+        if name not in written.tensors:
+            raise VerificationError(f"{written.directory} has no tensor '{name}', which {model} gives: is that the model it was made of?")
+        found = written.read(name)
+        if found.dtype != tensor.dtype or not torch.equal(found, tensor):  # equal() is true across dtypes
             raise VerificationError(
                 f"'{name}' in {written.directory / written.tensors[name].shard} is not what {model} gives: is that the model it was made of?"
             )

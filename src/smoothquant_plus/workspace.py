@@ -1,9 +1,9 @@
 """A run that can be killed at any moment and continued: what is done so far, beside the output, until it is complete.
 
-    .OUT.partial/recipe.json           what was asked for; another recipe is refused
-    .OUT.partial/output/               what will become OUT by one rename
-    .OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
-    .OUT.partial/stream-00004.safetensors   the hidden states that go into block 4
+.OUT.partial/recipe.json           what was asked for; another recipe is refused
+.OUT.partial/output/               what will become OUT by one rename
+.OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
+.OUT.partial/stream-00004.safetensors   the hidden states that go into block 4
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,7 +50,9 @@ class Workspace:
         if self.output.exists():
             self.complete = recorded_recipe(self.output) == self.recipe
             if not self.complete:
-                raise InputError(f"{self.output} exists already and is not the result of this command: choose another output, or remove it.")
+                raise InputError(
+                    f"{self.output} exists already and is not the result of this command: choose another output, or remove it."
+                )
         existing = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not existing.is_dir():
             raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
@@ -87,11 +89,7 @@ class Workspace:
             write_json(path, asked)  # the first file of a run: nothing has been done yet
             return
         earlier = json.loads(path.read_text())
-        differs = [
-            f"{key} was {earlier.get(key)!r} and is now {asked.get(key)!r}"
-            for key in sorted({*earlier, *asked})
-            if earlier.get(key) != asked.get(key)
-        ]
+        differs = list(differences(earlier, asked))
         if differs:
             raise InputError(
                 f"{self.root} holds an unfinished run with other options or inputs: {'; '.join(differs)}. Run the original command to continue "
@@ -140,6 +138,15 @@ class Workspace:
 
     def _clear(self) -> None:
         shutil.rmtree(self.root)
+
+
+def differences(earlier: Any, asked: Any, name: str = "") -> Iterator[str]:
+    """'NAME was .. and is now ..' for each value that differs, as deep inside the two recipes as that is."""
+    if isinstance(earlier, dict) and isinstance(asked, dict):
+        for key in sorted({*earlier, *asked}):
+            yield from differences(earlier.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    elif earlier != asked:
+        yield f"{name} was {earlier!r} and is now {asked!r}"
 
 
 def recorded_recipe(output: Path) -> Any:

@@ -62,7 +62,7 @@ def test_folding_a_norm_leaves_the_function_as_it_was(seed: int, alpha: float, d
     s = factors(before.abs().amax(0), weight_maxima([weight]), alpha)
     folded = fold_norm(gain, bias, s, dtype, offset)
     assert torch.equal(folded.weight, folded.weight.to(dtype).float()), "the stored gain is exactly what was proven"
-    after = norm(folded.weight, folded.bias) @ fold_sink(weight, folded.s).t()
+    after = norm(folded.weight, folded.bias) @ fold_sink(weight.clone(), folded.s).t()
     # Only a bias is rounded; a gain's rounding moved into the factors.
     exact = offset == 0 and not with_bias
     tolerance = 2e-5 if exact or dtype == torch.float32 else 8 * torch.finfo(dtype).eps
@@ -90,7 +90,7 @@ def test_values_that_leave_the_dtype_are_refused(gain: float, bias: float, s: fl
 
 def test_folding_a_linear_source() -> None:
     weight, bias, s = torch.randn(6, 4), torch.randn(6), torch.rand(6) + 0.5
-    folded = fold_linear_source(weight, bias, s, torch.float32)
+    folded = fold_linear_source(weight.clone(), bias, s, torch.float32)
     x = torch.randn(5, 4)
     torch.testing.assert_close((x @ folded.weight.t() + folded.bias) * s, x @ weight.t() + bias)
 

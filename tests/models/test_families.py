@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import families
 from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.errors import VerificationError
 from smoothquant_plus.inspection import inspect
@@ -21,8 +21,8 @@ from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.families import FAMILIES, Pair, active_pairs, find_family, published_alpha
 from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.pipeline import Calibration, quantize
-from smoothquant_plus.runtime.load import load
 from smoothquant_plus.runtime.linear import QuantLinear
+from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import encode
 from smoothquant_plus.verification import verify
 
@@ -60,7 +60,7 @@ def test_smoothing_with_random_factors_changes_nothing(name: str, smooth: str, d
     for index, block in enumerate(model.get_submodule(decoder.family.blocks)):
         maxima = {n: torch.rand(linear.in_features, generator=generator) * 20 + 0.05 for n, linear in linears(block).items()}
         for pair in pairs:
-            maxima |= {sink: maxima[pair.sinks[0]] for sink in pair.sinks}
+            maxima |= dict.fromkeys(pair.sinks, maxima[pair.sinks[0]])
         smoothed = smooth_block(decoder, index, block, pairs, maxima, 0.7)
         assert all(pair.s.max() / pair.s.min() > 1.2 for pair in smoothed)
     has_norm_bias = any("norm" in n and n.endswith("bias") for n, _ in model.named_parameters())
@@ -69,9 +69,7 @@ def test_smoothing_with_random_factors_changes_nothing(name: str, smooth: str, d
 
 @ALL
 @pytest.mark.parametrize("activations", ["token", "tensor", "static"])
-def test_a_family_from_end_to_end(
-    name: str, activations: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
-) -> None:
+def test_a_family_from_end_to_end(name: str, activations: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """Quantize, verify, load on both backends, generate."""
     source, out = tiny(name), tmp_path / "out"
     result = quantize(source, out, activations=activations, smooth="all", calibration=calibration)
@@ -94,9 +92,7 @@ def test_a_family_from_end_to_end(
 
 
 @ALL
-def test_smoothing_recovers_what_planted_outliers_cost(
-    name: str, text_file: Path, calibration: Calibration, tmp_path: Path
-) -> None:
+def test_smoothing_recovers_what_planted_outliers_cost(name: str, text_file: Path, calibration: Calibration, tmp_path: Path) -> None:
     """Per-tensor static W8A8: with SmoothQuant at least 95% of the naive quantization's logit error is gone."""
     model = families.build(name)
     plain = logits(model)
@@ -143,7 +139,9 @@ def test_blocks_that_are_streamed_give_what_the_model_gives(name: str, tiny: Cal
         with torch.no_grad():
             captured: list[torch.Tensor] = []
             last = model.get_submodule(f"{decoder.family.blocks}.{len(decoder) - 1}")
-            hook = last.register_forward_hook(lambda _m, _a, output, kept=captured: kept.append(output[0] if isinstance(output, tuple) else output))
+            hook = last.register_forward_hook(
+                lambda _m, _a, output, kept=captured: kept.append(output[0] if isinstance(output, tuple) else output)
+            )
             model(ids)
             hook.remove()
         torch.testing.assert_close(stream.hidden[batch], captured[0], rtol=1e-4, atol=1e-5)

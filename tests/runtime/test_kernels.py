@@ -14,7 +14,10 @@ from smoothquant_plus.runtime.kernels import BACKENDS, select, torch_int8
 from smoothquant_plus.runtime.linear import QuantLinear
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 17, 33), (17, 40, 128), (118, 96, 250), (0, 8, 16), (5, 1, 300)]  # M, N, K
-SCHEMES = [find_scheme("w8a8", activations, weights) for activations, weights in itertools.product(("token", "tensor", "static"), ("channel", "tensor"))]
+SCHEMES = [
+    find_scheme("w8a8", activations, weights)
+    for activations, weights in itertools.product(("token", "tensor", "static"), ("channel", "tensor"))
+]
 CPU = torch.device("cpu")
 # The one-product method is tried only where the processor has been found not to saturate in it.
 METHODS = list(dict.fromkeys(["digits", "int_mm", torch_int8.cpu_method()]))
@@ -28,7 +31,9 @@ def layer(scheme: Scheme, backend: str, n: int, k: int, with_bias: bool, spread:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.inputs.strategy}-{'dynamic' if s.inputs.dynamic else 'static'}-{s.weights.strategy}")
+@pytest.mark.parametrize(
+    "scheme", SCHEMES, ids=lambda s: f"{s.inputs.strategy}-{'dynamic' if s.inputs.dynamic else 'static'}-{s.weights.strategy}"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_torch_backend_is_the_reference(scheme: Scheme, dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_int8, "cpu_method", lambda: method)
@@ -111,9 +116,9 @@ def test_selection() -> None:
     scheme = find_scheme("w8a8")
     assert select(scheme, CPU, (8, 8))[0] == "torch"
     assert select(scheme, CPU, (8, 8), "reference")[0] == "reference"
-    with pytest.raises(InputError, match="unknown backend 'torhc'.*Did you mean 'torch'"):
+    with pytest.raises(InputError, match=r"unknown backend 'torhc'.*Did you mean 'torch'"):
         select(scheme, CPU, (8, 8), "torhc")
-    with pytest.raises(InputError, match="cannot run a 7x8 layer in w8a8 on cuda: .*multiples of 8"):
+    with pytest.raises(InputError, match=r"cannot run a 7x8 layer in w8a8 on cuda: .*multiples of 8"):
         select(scheme, torch.device("cuda"), (7, 8), "torch")
     assert select(scheme, torch.device("cuda"), (7, 8))[0] == "reference"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from smoothquant_plus.method.scheme import Quant
 # A symmetric scale maps the largest magnitude to 127, so that it has a negative of its own. Only activations beyond a static scale reach
 # -128: they saturate at the ends of int8, as in vLLM's kernels and in compressed-tensors.
 INT8_MAX = 127
+
+# How many numbers of a weight are worked on at a time. Weights are large: whole temporary copies would decide the peak of memory.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,40 @@ def quantize_weight(weight: Tensor, quant: Quant) -> QuantizedWeight:
     if weight.ndim != 2:
         raise ValueError(f"a weight must be 2-D (output channels, input channels), not {tuple(weight.shape)}")
     weight = weight.float()
-    maximum = weight.abs().amax(dim=1, keepdim=True) if quant.strategy == "channel" else weight.abs().amax().reshape(1)
+    maximum = absolute_maximum(weight, dim=1).reshape(-1, 1)
+    if quant.strategy == "tensor":
+        maximum = maximum.amax().reshape(1)
     if not torch.isfinite(maximum).all():
         raise ValueError("the weight has values that are NaN or infinite")
     scale = scale_of(maximum)
-    return QuantizedWeight(round_to_int8(weight / scale), scale, quant)
+    scale_of_row = scale.expand(len(weight), 1)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in pieces(weight):
+        values[rows] = round_to_int8(weight[rows] / scale_of_row[rows])
+    return QuantizedWeight(values, scale, quant)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The float32 weight (N, K) that the integers stand for."""
     return weight.values.float() * weight.scale
+
+
+def dequantized_pieces(weight: QuantizedWeight) -> Iterator[tuple[slice, Tensor]]:
+    """`dequantize` some rows at a time: which ones, and their float32 values."""
+    scale_of_row = weight.scale.expand(len(weight.values), 1)
+    for rows in pieces(weight.values):
+        yield rows, weight.values[rows].float() * scale_of_row[rows]
+
+
+def pieces(weight: Tensor) -> Iterator[slice]:
+    """The rows of `weight` (N, K) in slices of about PIECE numbers."""
+    step = max(1, PIECE // max(1, weight.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(weight), step))
+
+
+def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
+    """max|w| along `dim`, without a copy of |w|. NaN stays NaN."""
+    return torch.maximum(weight.amax(dim=dim), -weight.amin(dim=dim))
 
 
 def scale_of(maximum: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smoothquant_plus.method.integers import absolute_maximum
+
 # A channel is never scaled further than this either way: beyond it the rescaling only moves rounding error around.
 LARGEST_FACTOR = 1e5
 
@@ -28,7 +30,9 @@ def factors(activation_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> T
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
     if activation_maxima.shape != weight_maxima.shape:
-        raise ValueError(f"activation maxima {tuple(activation_maxima.shape)} and weight maxima {tuple(weight_maxima.shape)} differ in shape")
+        raise ValueError(
+            f"activation maxima {tuple(activation_maxima.shape)} and weight maxima {tuple(weight_maxima.shape)} differ in shape"
+        )
     activation_maxima, weight_maxima = activation_maxima.float(), weight_maxima.float()
     if not (torch.isfinite(activation_maxima).all() and torch.isfinite(weight_maxima).all()):
         raise ValueError("maxima that are NaN or infinite")
@@ -39,7 +43,7 @@ def factors(activation_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> T
 
 def weight_maxima(weights: Sequence[Tensor]) -> Tensor:
     """max|W_j| over the rows of all `weights` (N_i, K), float32 (K,)."""
-    return torch.stack([w.float().abs().amax(dim=0) for w in weights]).amax(dim=0)
+    return torch.stack([absolute_maximum(w.float(), dim=0) for w in weights]).amax(dim=0)
 
 
 def share_within_groups(s: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -80,16 +84,17 @@ def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype
 
 
 def fold_linear_source(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype) -> FoldedSource:
-    """Divide a linear's output channels by `s`: the rows of its weight (N, K) and its bias (N,).
+    """Divide a linear's output channels by `s`: the rows of its float32 weight (N, K), in place, and its bias (N,).
 
     The weight stays float32 (it is quantized next); the bias is rounded to the checkpoint's `dtype`, in which it is stored.
     """
-    return FoldedSource(weight.float() / s[:, None], None if bias is None else to_storage(bias.float() / s, dtype, "the bias"), s)
+    bias = None if bias is None else to_storage(bias.float() / s, dtype, "the bias")
+    return FoldedSource(weight.div_(s[:, None]), bias, s)
 
 
 def fold_sink(weight: Tensor, s: Tensor) -> Tensor:
-    """Multiply a linear's input channels, the columns of `weight` (N, K), by `s` (K,); float32."""
-    return weight.float() * s
+    """Multiply a linear's input channels, the columns of its float32 `weight` (N, K), by `s` (K,), in place."""
+    return weight.mul_(s)
 
 
 def to_storage(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:

@@ -20,6 +20,12 @@ from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint, read_config
 from smoothquant_plus.models.families import Family, find_family
 
+# What transformers raises for bad values in config.json: each family finds them in its own way, if only by dividing by them.
+BAD_CONFIG = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError),
+    StrictDataclassError,
+)
+
 
 def load_config(directory: Path) -> Any:
     """The transformers configuration of a model directory (config.json alone is enough).
@@ -29,14 +35,14 @@ def load_config(directory: Path) -> Any:
     declared = read_config(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+    except BAD_CONFIG as error:
         if "auto_map" in declared:
             raise InputError(
                 f"{directory} brings its own model code (auto_map in config.json), which is not run. Use a version of the model that "
                 "transformers supports itself."
             ) from error
         find_family(type("Declared", (), declared))  # the list of what is supported, for an unknown model_type
-        raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error}") from error
+        raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error!r}") from error
     if getattr(config, "num_hidden_layers", 1) < 1:
         raise InputError(f"{directory / 'config.json'} has num_hidden_layers {config.num_hidden_layers}: there is no decoder block.")
     # What is built from this is always the unquantized skeleton; linears are replaced by us.
@@ -51,8 +57,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:  # each family checks its sizes in its own way
-        raise InputError(f"{Path(config.name_or_path) / 'config.json'} does not describe a model that can be built: {error}") from error
+    except BAD_CONFIG as error:
+        raise InputError(f"{Path(config.name_or_path) / 'config.json'} does not describe a model that can be built: {error!r}") from error
     model.tie_weights()  # outside: the context gives each assigned parameter a tensor of its own
     return model.eval()
 
@@ -76,7 +82,7 @@ class Stream:
     calls: list[list[Call]] = field(default_factory=list)
 
 
-class _StopForward(Exception):  # noqa: N818 (not an error)
+class _StopForward(Exception):
     """Raised in the last block, to end the model's forward before its head."""
 
 
@@ -92,7 +98,7 @@ class Decoder:
         self.model = build_skeleton(self.config, dtype)
         for name, buffer in list(self.model.named_buffers()):
             assign(self.model, name, buffer.to(self.device))
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
+        self.blocks: Any = self.model.get_submodule(self.family.blocks)
         self._names = disk_names(self.model, checkpoint, self.family)
 
     def __len__(self) -> int:
@@ -151,7 +157,9 @@ class Decoder:
         Only the modules on the way (embeddings, positions) are read, and released again.
         """
         inside = {id(module) for module in self.blocks.modules()}
-        outside = {name: m for name, m in self.model.named_modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))}
+        outside = {
+            name: m for name, m in self.model.named_modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))
+        }
         loaded: list[nn.Module] = []
         hooks = []
 
@@ -284,7 +292,9 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{checkpoint.directory} has no tensor '{missing[0]}'{more}, which its config.json asks for: the checkpoint is incomplete.")
+        raise InputError(
+            f"{checkpoint.directory} has no tensor '{missing[0]}'{more}, which its config.json asks for: the checkpoint is incomplete."
+        )
     return names
 
 
@@ -292,11 +302,13 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
     info = checkpoint.tensors[name]
     path = checkpoint.directory / info.shard
     if info.shape != shape:
-        raise InputError(f"'{name}' in {path} has shape {info.shape}, but config.json asks for {tuple(shape)}: is it this model's config.json?")
+        raise InputError(
+            f"'{name}' in {path} has shape {info.shape}, but config.json asks for {tuple(shape)}: one of the two belongs to another model."
+        )
     if not info.dtype.is_floating_point and not checkpoint.config.get("quantization_config"):
         raise InputError(
-            f"'{name}' in {path} is {str(info.dtype).removeprefix('torch.')}, and config.json has no quantization_config that says what it stands "
-            "for: use the full-precision checkpoint."
+            f"'{name}' in {path} is {str(info.dtype).removeprefix('torch.')}, and config.json has no quantization_config that says what it "
+            "stands for: use the full-precision checkpoint."
         )
 
 

@@ -24,7 +24,15 @@ from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 # Everything else that belongs to a model directory and is copied beside the quantized weights, where the source has it.
 COMPANIONS = (
@@ -68,7 +76,9 @@ class Checkpoint:
             found = _read_header(directory / shard)
             for name in expected or found:
                 if name not in found:
-                    raise InputError(f"{directory / INDEX} says that {shard} holds '{name}', but it does not: download the checkpoint again.")
+                    raise InputError(
+                        f"{directory / INDEX} says that {shard} holds '{name}', but it does not: download the checkpoint again."
+                    )
                 self.tensors[name] = found[name]
 
     def read(self, name: str) -> Tensor:
@@ -82,7 +92,8 @@ class Checkpoint:
                 tensor = shard.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read '{name}' from {path}: {error}") from error
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
+        if tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
             raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
         return tensor
 
@@ -200,9 +211,7 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         return {"num_bits": quant.bits, "type": "int", "symmetric": True, "strategy": quant.strategy, "dynamic": quant.dynamic}
 
     group = {"targets": ["Linear"], "weights": arguments(scheme.weights), "input_activations": arguments(scheme.inputs)}
-    config = QuantizationConfig(
-        config_groups={"group_0": group}, format="int-quantized", quantization_status="compressed", ignore=ignore
-    )
+    config = QuantizationConfig(config_groups={"group_0": group}, format="int-quantized", quantization_status="compressed", ignore=ignore)
     return json.loads(config.model_dump_json(exclude_none=True))
 
 
@@ -223,12 +232,15 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
     (group,) = groups.values()
 
     def quant(arguments: Mapping[str, Any] | None) -> Quant:
-        keys = {"num_bits": "bits", "strategy": "strategy", "symmetric": "symmetric", "dynamic": "dynamic"}
-        return Quant(**{ours: (arguments or {}).get(theirs) for theirs, ours in keys.items()})
+        keys = {"bits": "num_bits", "strategy": "strategy", "symmetric": "symmetric", "dynamic": "dynamic"}
+        return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in keys.items()})
 
     try:
         scheme = Scheme(
-            name="w8a8", weights=quant(group["weights"]), inputs=quant(group["input_activations"]), ignore=tuple(declared.get("ignore") or ())
+            name="w8a8",
+            weights=quant(group["weights"]),
+            inputs=quant(group["input_activations"]),
+            ignore=tuple(declared.get("ignore") or ()),
         )
     except (KeyError, ValueError) as error:
         raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-from torch import nn
+from typing import Any
 
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import linears
@@ -12,7 +11,7 @@ from smoothquant_plus.models.checkpoint import linear_layout
 from smoothquant_plus.models.families import Family
 
 
-def stored_bytes(model: nn.Module, family: Family, scheme: Scheme | None) -> int:
+def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
     """Bytes of all the tensors of the model on disk and in memory, tied ones once; with `scheme`, the linears of its blocks quantized."""
     total = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     if scheme is not None:
@@ -24,12 +23,12 @@ def stored_bytes(model: nn.Module, family: Family, scheme: Scheme | None) -> int
     return total
 
 
-def largest_block(model: nn.Module, family: Family) -> int:
+def largest_block(model: Any, family: Family) -> int:
     """The number of parameters of the largest decoder block."""
     return max(sum(p.numel() for p in block.parameters()) for block in model.get_submodule(family.blocks).children())
 
 
-def quantizing_bytes(model: nn.Module, family: Family, samples: int, seq_len: int) -> int:
+def quantizing_bytes(model: Any, family: Family, samples: int, seq_len: int) -> int:
     """Peak memory to quantize, estimated: the float32 block, its largest tensors once more while they are folded and quantized, two streams
     of hidden states, the largest table outside the blocks twice (mapped and copied), and Python with its libraries."""
     block = largest_block(model, family) * 4
@@ -38,5 +37,3 @@ def quantizing_bytes(model: nn.Module, family: Family, samples: int, seq_len: in
     outside = max(p.numel() * p.dtype.itemsize for p in model.parameters() if id(p) not in inside)
     streams = 2 * samples * seq_len * model.config.hidden_size * 4
     return max(block + 3 * largest, 2 * outside) + streams + 600_000_000
-
-

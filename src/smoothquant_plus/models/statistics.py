@@ -22,20 +22,18 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"no such statistics file: {path}.")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise InputError(f"{path}: statistics are read from .safetensors and .pt files.")
     try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        elif path.suffix in (".pt", ".pth"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise InputError(f"{path}: statistics are read from .safetensors and .pt files.")
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as statistics: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # torch's own message is either empty or advises to run the code.
         raise InputError(
             f"{path} cannot be read as statistics: it is damaged, or it holds more than tensors, and pickled code is never run. Save a "
             "dictionary of tensors, best as .safetensors."
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as statistics: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a dictionary of per-channel maxima.")
     statistics = {}

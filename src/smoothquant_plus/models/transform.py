@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smoothquant_plus.errors import InputError, VerificationError
-from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_weight, scale_of
+from smoothquant_plus.method.integers import QuantizedWeight, dequantized_pieces, quantize_weight, scale_of
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.smooth import (
     factors,
@@ -20,7 +22,7 @@ from smoothquant_plus.method.smooth import (
     share_within_groups,
     weight_maxima,
 )
-from smoothquant_plus.models.blocks import Decoder, Stream, linears
+from smoothquant_plus.models.blocks import Decoder, Stream, assign, linears
 from smoothquant_plus.models.checkpoint import linear_tensors
 from smoothquant_plus.models.families import Pair
 
@@ -48,8 +50,8 @@ def smooth_block(
     """
     smoothed = []
     for pair in pairs:
-        source = block.get_submodule(pair.source)
-        sinks = [block.get_submodule(sink) for sink in pair.sinks]
+        source: Any = block.get_submodule(pair.source)
+        sinks: list[Any] = [block.get_submodule(sink) for sink in pair.sinks]
         activation = maxima[pair.sinks[0]]
         weights = weight_maxima([sink.weight for sink in sinks]).to(activation.device)
         s = factors(activation, weights, alpha)
@@ -64,13 +66,13 @@ def smooth_block(
                 f"choose another --alpha (now {alpha:g})."
             ) from error
         for sink, name in zip(sinks, pair.sinks, strict=True):
-            sink.weight.copy_(fold_sink(sink.weight, s))
+            fold_sink(sink.weight, s)
             maxima[name] = maxima[name] / s.cpu()
         smoothed.append(SmoothedPair(pair.source, pair.sinks, s.cpu(), int(((activation <= 0) | (weights <= 0)).sum())))
     return smoothed
 
 
-def _fold_source(decoder: Decoder, path: str, source: nn.Module, pair: Pair, s: Tensor) -> Tensor:
+def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor) -> Tensor:
     """Divide the source by `s` in place; returns the factors that the sinks must be multiplied by."""
     rows = s
     if pair.rows == "kv_groups":
@@ -102,19 +104,35 @@ class QuantizedLinear:
 
 
 def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
-    """Every linear of a (smoothed) block as integers, by path inside the block. `maxima` is read for static activations only."""
+    """Every linear of a (smoothed) block as integers, by path inside the block; the block's own float weights are released on the way.
+
+    `maxima` is read for static activations only.
+    """
     quantized = {}
     for name, linear in linears(block).items():
+        folded = linear.weight.cpu().float()
         try:
-            weight = quantize_weight(linear.weight.cpu(), scheme.weights)
+            weight = quantize_weight(folded, scheme.weights)
         except ValueError as error:
             raise InputError(f"{decoder.path(index)}.{name}: {error}.") from error
-        back = dequantize(weight)
-        folded = linear.weight.cpu().float()
-        error = (torch.linalg.vector_norm(back - folded) / torch.linalg.vector_norm(folded).clamp_min(1e-30)).item()
         input_scale = None if scheme.inputs.dynamic else scale_of(maxima[name].amax().reshape(1))
-        quantized[name] = QuantizedLinear(weight, input_scale, error, digest_of(back))
+        quantized[name] = QuantizedLinear(weight, input_scale, weight_error(weight, folded), digest_of(weight))
+        assign(linear, "weight", torch.empty_like(folded, device="meta"))
     return quantized
+
+
+def weight_error(weight: QuantizedWeight, folded: Tensor) -> float:
+    """Relative Frobenius error of `weight` against the float32 weight (N, K) that it was made of."""
+    wrong = math.hypot(*(torch.linalg.vector_norm(back - folded[rows]).item() for rows, back in dequantized_pieces(weight)))
+    return wrong / max(torch.linalg.vector_norm(folded).item(), 1e-30)
+
+
+def digest_of(weight: QuantizedWeight) -> str:
+    """sha256 of the float32 values that the integers stand for, in memory order."""
+    digest = hashlib.sha256()
+    for _, back in dequantized_pieces(weight):
+        digest.update(back.view(-1).numpy())
+    return digest.hexdigest()
 
 
 def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
@@ -133,13 +151,13 @@ def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dic
     return tensors | {name: decoder.checkpoint.read(name) for name in ignored}
 
 
-def digest_of(tensor: Tensor) -> str:
-    """sha256 of the tensor's values in memory order."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-
-
 def prove_equivalent(
-    decoder: Decoder, block: nn.Module, index: int, stream: Stream, reference: list[Tensor], progress: Callable[[int], None] = lambda done: None
+    decoder: Decoder,
+    block: nn.Module,
+    index: int,
+    stream: Stream,
+    reference: list[Tensor],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> float:
     """Run the smoothed `block` in float32 over the stream and compare with the original's outputs `reference`, also in float32: the largest
     relative error over all tokens.

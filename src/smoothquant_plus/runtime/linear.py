@@ -17,6 +17,9 @@ class QuantLinear(nn.Module):
     InputError.
     """
 
+    input_scale: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         weight: QuantizedWeight,
@@ -47,4 +50,3 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}, backend={self.backend}"
-

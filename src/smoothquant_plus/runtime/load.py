@@ -35,6 +35,11 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
         raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
     dtype = dtype or config.dtype or torch.float32
     model: Any = build_skeleton(config, dtype)
+    if (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{directory / 'generation_config.json'} cannot be read: {error}") from error
     names = disk_names(model, checkpoint, family)
     for name, buffer in list(model.named_buffers()):
         assign(model, name, buffer.to(device))
@@ -53,8 +58,6 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
         if name.rpartition(".")[0] not in quantized:
             assign(model, name, checkpoint.read(disk).to(device=device, dtype=dtype))
     model.tie_weights()
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 

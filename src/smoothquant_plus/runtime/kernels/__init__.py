@@ -29,7 +29,9 @@ class Backend(Protocol):
 
     def prepare(self, weight: QuantizedWeight) -> tuple[Tensor, ...]: ...
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor: ...
+    def linear(
+        self, x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor: ...
 
 
 # In the order of preference.
@@ -48,7 +50,7 @@ def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: s
         if reason is not None:
             raise InputError(f"backend '{name}' cannot run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {reason}.")
         return name, BACKENDS[name]
-    reasons = []
+    reasons: list[str] = []
     for candidate, backend in BACKENDS.items():
         reason = backend.supports(scheme, device, shape)
         if reason is None:

@@ -75,9 +75,7 @@ def _product(x: Tensor, weight: Tensor, channels: int) -> Tensor:
 def _onednn(x: Tensor, zero_point: int, weight: Tensor, channels: int) -> Tensor:
     """(x - zero_point) @ weight.T for unsigned x uint8 (M, K): float32 (M, N). Signed activations would fall on a slow reference path."""
     ones, zeros = _unit_scales(channels)
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, zero_point, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, zero_point, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import families
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.runtime.linear import QuantLinear
+from smoothquant_plus.runtime.load import load
+
+IDS = families.make_tokenizer()(families.TEXT[:24], return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    quantize(tiny("llama"), out, calibration=calibration)
+    return out
+
+
+def test_no_full_precision_weight_is_ever_made(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the quantized linears only integers and scales are read, and they are what stays in memory."""
+    read = []
+    original = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or original(self, name))
+    model = load(quantized, dtype=torch.float32)
+    assert len(read) == len(set(read)), "every tensor is read once"
+    floats = [name for name, p in model.model.layers.named_parameters() if p.is_floating_point()]
+    assert all("norm" in name for name in floats)
+    assert all(t.dtype != torch.float32 or t.ndim < 2 for m in model.modules() if isinstance(m, QuantLinear) for t in m.prepared)
+
+
+def test_padded_batches_generate_what_single_prompts_do(quantized: Path) -> None:
+    model = load(quantized, dtype=torch.float32)
+    single = model.generate(IDS[:, 4:12], max_new_tokens=8, do_sample=False)[0, 8:]
+    padded = torch.cat([IDS[:, :12], torch.nn.functional.pad(IDS[:, 4:12], (4, 0), value=256)])
+    mask = torch.ones_like(padded)
+    mask[1, :4] = 0
+    batch = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)[1, 12:]
+    assert torch.equal(single, batch)
+
+
+def test_torch_compile_takes_the_whole_model(quantized: Path) -> None:
+    model = load(quantized, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(quantized: Path, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        expected = load(quantized, dtype=torch.float32)(IDS).logits
+        got = load(quantized, dtype=dtype)(IDS).logits
+    assert got.dtype == dtype
+    assert ((got.float() - expected).norm() / expected.norm()).item() < 0.1
+
+
+def test_a_named_backend_never_falls_back(tiny: Callable[..., Path], quantized: Path) -> None:
+    assert {m.backend for m in load(quantized, backend="reference").modules() if isinstance(m, QuantLinear)} == {"reference"}
+    with pytest.raises(InputError, match="unknown backend 'cuda'"):
+        load(quantized, backend="cuda")
+    with pytest.raises(InputError, match="is not quantized"):
+        load(tiny("llama"), backend="torch")

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.families import FAMILIES
+from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.verification import verify
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_blocks_may_run_in_the_checkpoints_own_dtype(
+    dtype: torch.dtype, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """The maxima then come from 16-bit activations; the proof is in float32 all the same."""
+    source = tiny("llama", dtype)
+    results = {}
+    for compute in ("float32", "checkpoint"):
+        results[compute] = quantize(source, tmp_path / compute, calibration=replace(calibration, compute_dtype=compute))
+        assert results[compute].equivalence_error < 1e-5
+        verify(tmp_path / compute, source)
+    full, half = (load_file(tmp_path / compute / "statistics.safetensors") for compute in results)
+    for name, maxima in full.items():
+        assert 0 < (half[name] - maxima).norm() / maxima.norm() < 16 * torch.finfo(dtype).eps
+
+
+def test_weights_per_tensor(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    quantize(tiny(), tmp_path / "out", weights="tensor", activations="static", calibration=calibration)
+    out = Checkpoint(tmp_path / "out")
+    assert out.read("model.layers.0.mlp.up_proj.weight_scale").shape == (1,)
+    group = out.config["quantization_config"]["config_groups"]["group_0"]
+    assert (group["weights"]["strategy"], group["input_activations"]["dynamic"]) == ("tensor", False)
+    verify(tmp_path / "out", tiny())
+
+
+def test_layers_that_share_an_input_share_their_static_scale(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    """vLLM fuses them and keeps the scale of the last one that it loads."""
+    quantize(tiny(), tmp_path / "out", activations="static", calibration=calibration)
+    out = Checkpoint(tmp_path / "out")
+    for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        assert len({out.read(f"model.layers.1.{name}.input_scale").item() for name in group}) == 1
+
+
+def test_the_plan_says_what_was_done(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    result = quantize(tiny(), tmp_path / "out", smooth="all", alpha=0.6, calibration=calibration)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["alpha"] == result.alpha == 0.6 and plan["family"] == "llama" and plan["tokens"] == result.tokens == 128
+    assert [pair["source"] for pair in plan["blocks"][0]["pairs"]] == [pair.source for pair in FAMILIES["llama"].pairs]
+    assert str(tmp_path) not in json.dumps(plan), "equal inputs give equal bytes wherever they lie"
+    for name in ("tokenizer.json", "generation_config.json", "manifest.json", "statistics.safetensors"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_has_to_be_run_when_nothing_is_smoothed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    result = quantize(tiny(), tmp_path / "out", smooth="none", calibration=Calibration())
+    assert result.alpha is None and result.tokens == 0
+    verify(tmp_path / "out", tiny())
+
+
+def test_a_family_without_a_published_alpha_says_so(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], alpha=None))
+    result = quantize(tiny(), tmp_path / "out", calibration=calibration)
+    assert result.alpha == 0.5 and "no alpha was published for family 'llama'" in result.notes[0]
+
+
+def test_each_block_is_read_once_and_in_order(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    original = Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> torch.Tensor:
+        if self.directory == tiny():
+            reads.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    quantize(tiny(), tmp_path / "out", calibration=calibration)
+    blocks = [name for name in reads if ".layers." in name]
+    assert len(blocks) == len(set(blocks))
+    assert [int(name.split(".")[2]) for name in blocks] == sorted(int(name.split(".")[2]) for name in blocks)
+
+
+def test_the_backend_of_each_layer_is_logged(tiny: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from smoothquant_plus.runtime.load import load
+
+    quantize(tiny(), tmp_path / "out", smooth="none", calibration=Calibration())
+    with caplog.at_level(logging.INFO, logger="smoothquant_plus"):
+        load(tmp_path / "out")
+    assert "w8a8 64x64 on cpu: backend torch" in caplog.text
