@@ -19,7 +19,7 @@ check: dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_dependencies.py
 bench: setup
-	$(BIN)/python tools/bench_demo.py
+	$(BIN)/python tools/bench_accuracy.py
 	$(BIN)/python tools/bench_memory.py 1b --work .bench
 clean:
 	rm -rf .venv .bench build

@@ -48,6 +48,9 @@ PROCESSES.set_forkserver_preload(
     ]
 )
 
+# No run takes long; this only ends one that hangs, on however slow a machine.
+PATIENCE = 600
+
 # The operations that change what is on disk, and which argument of their audit events is the directory that a relative path starts from.
 CHANGES = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1}
 
@@ -129,7 +132,7 @@ def started(job: Callable[[], Any], home: Path, stop: str | None = None, number:
 def run(job: Callable[[], Any], home: Path, stop: str | None = None) -> Ended:
     """Do `job` in a child, killed at the operation in whose line `stop` occurs. What it changes in `home` is watched."""
     with started(job, home, stop) as process:
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode is not None, "the child hangs"
         return Ended(process.exitcode, home.with_name(f"{home.name}.log").read_text())
 
@@ -449,13 +452,13 @@ def test_one_process_at_a_time(whole: Callable[[str], Whole], inputs: Inputs, ho
             inputs.call("quantize", home)()
         assert contents(home) == before
         os.kill(first.pid, signal.SIGCONT)
-        first.join(60)
+        first.join(PATIENCE)
         assert first.exitcode == 0
     assert contents(home) == whole("quantize").contents
 
 
 def wait_until_stopped(pid: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < deadline, "the child was not stopped"
         time.sleep(0.01)
@@ -484,7 +487,7 @@ def test_interrupted_command_continues(inputs: Inputs, text_file: Path, home: Pa
     command = ["quantize", str(inputs.model), str(home / "OUT"), *options]
     with default_interrupt():
         process = subprocess.Popen([sys.executable, "-m", "smoothquant_plus.cli", *command], stderr=subprocess.PIPE, text=True)
-    guard = threading.Timer(120, process.kill)
+    guard = threading.Timer(PATIENCE, process.kill)
     guard.start()
     try:
         assert process.stderr is not None

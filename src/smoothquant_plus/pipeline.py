@@ -27,7 +27,7 @@ from smoothquant_plus.models.checkpoint import (
     write_index,
     write_shard,
 )
-from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs, published_alpha
+from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import stored_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
@@ -132,21 +132,39 @@ def quantize_blocks(
     stream = open_stream(decoder, work, samples)
     with steps("block", len(decoder), work.blocks_done) as progress:
         for index in range(work.blocks_done, len(decoder)):
-            error, smoothed = 0.0, []
-            with decoder.block(index) as block:
-                maxima, outputs = measure(decoder, block, index, stream, given, progress)
-                statistics = {f"{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
-                block.float()
-                if pairs and alpha is not None and stream is not None:
-                    reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
-                    smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
-                    error = prove_equivalent(decoder, block, index, stream, reference, halves(progress, 0.5, len(reference)))
-                quantized = quantize_block(decoder, index, block, scheme, maxima)
-                write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
+            shard = work.directory / shard_name(decoder, index + 1)
+            record, statistics, outputs = quantize_one(decoder, index, shard, scheme, pairs, alpha, stream, given, progress)
             if stream is not None:
                 stream.hidden = outputs
-            work.finish_block(index, record_of(smoothed, quantized, error), statistics, outputs)
-            progress.step(f"equivalence error {error:.1e}" if smoothed else "")
+            work.finish_block(index, record, statistics, outputs)
+            progress.step(f"equivalence error {record['equivalence_error']:.1e}" if record["pairs"] else "")
+
+
+def quantize_one(
+    decoder: Decoder,
+    index: int,
+    shard: Path,
+    scheme: Scheme,
+    pairs: Sequence[Pair],
+    alpha: float | None,
+    stream: Stream | None,
+    given: dict[str, Tensor] | None,
+    progress: Steps,
+) -> tuple[dict[str, Any], dict[str, Tensor], list[Tensor]]:
+    """Block `index` from the model's weights to its `shard`: what plan.json says of it, its input maxima, and the original block's outputs
+    per batch. None of its weights, as floats or as integers, are in memory afterwards."""
+    error, smoothed = 0.0, []
+    with decoder.block(index) as block:
+        maxima, outputs = measure(decoder, block, index, stream, given, progress)
+        statistics = {f"{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
+        block.float()
+        if pairs and alpha is not None and stream is not None:
+            reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
+            smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
+            error = prove_equivalent(decoder, block, index, stream, reference, halves(progress, 0.5, len(reference)))
+        quantized = quantize_block(decoder, index, block, scheme, maxima)
+        write_shard(shard, block_tensors(decoder, index, block, quantized))
+    return record_of(smoothed, quantized, error), statistics, outputs
 
 
 def open_stream(decoder: Decoder, work: Workspace, samples: Samples | None) -> Stream | None:
