@@ -3,11 +3,10 @@
 import sys
 
 import smoothquant_plus as sq
-from smoothquant_plus.pipeline import Calibration
 
 
 def main(model: str, out: str, calibration_text: str, held_out: str) -> None:
-    calibration = Calibration(text=[calibration_text], samples=16, seq_len=128)
+    calibration = sq.Calibration(text=[calibration_text], samples=16, seq_len=128)
     result = sq.quantize(model, out, activations="static", calibration=calibration)
     print(f"{result.bytes_before / 1e6:.1f} MB -> {result.bytes_after / 1e6:.1f} MB, equivalence error {result.equivalence_error:.1e}")
     sq.verify(out, against=model)

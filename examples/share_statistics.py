@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import smoothquant_plus as sq
-from smoothquant_plus.pipeline import Calibration
 
 
 def main(model: str, text: str, directory: str) -> None:
     statistics = sq.calibrate(
-        model, Path(directory) / "act_scales.safetensors", calibration=Calibration(text=[text], samples=16, seq_len=128)
+        model, Path(directory) / "act_scales.safetensors", calibration=sq.Calibration(text=[text], samples=16, seq_len=128)
     )
     for alpha in (0.5, 0.75):
-        result = sq.quantize(model, Path(directory) / f"alpha-{alpha}", alpha=alpha, calibration=Calibration(statistics=statistics))
+        result = sq.quantize(model, Path(directory) / f"alpha-{alpha}", alpha=alpha, calibration=sq.Calibration(statistics=statistics))
         print(f"{result.output}: equivalence error {result.equivalence_error:.1e}")
 
 

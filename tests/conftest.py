@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import families
-from smoothquant_plus.pipeline import Calibration
+from smoothquant_plus.preparation import Calibration
 
 # The models here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL
 from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.evaluation.perplexity import perplexity
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import encode, load_tokenizer
 
@@ -37,7 +38,7 @@ def save(model: Any, directory: Path, dtype: torch.dtype = torch.float16) -> Pat
 
 
 def train_opt(directory: Path) -> Path:
-    """A small OPT-layout model, trained for some seconds on the first half of the calibration text (this test calibrates on the rest)."""
+    """A small OPT-layout model, trained for half a minute on the first half of the calibration text (this test calibrates on the rest)."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(MODEL)
     text = CALIBRATION.read_text()
@@ -65,7 +66,7 @@ def train_opt(directory: Path) -> Path:
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    steps, windows = 150, ids[: len(ids) // 129 * 129].view(-1, 129)
+    steps, windows = 600, ids[: len(ids) // 129 * 129].view(-1, 129)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1.0, (step + 1) / 10, (steps - step) / 50)

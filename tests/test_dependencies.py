@@ -1,4 +1,4 @@
-"""Imports point down: method < models < runtime < evaluation, workspace, verification, pipeline < demo < cli."""
+"""Imports point down: method < models < runtime < evaluation, verification, preparation < pipeline < demo < cli."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = [
     {"method"},
     {"models", "text"},
     {"runtime", "workspace"},
-    {"evaluation", "inspection", "verification"},
+    {"evaluation", "inspection", "verification", "preparation"},
     {"pipeline"},
     {"demo"},
     {"cli"},

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import families
+from smoothquant_plus.errors import InputError, VerificationError
+from smoothquant_plus.models import transform
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import Checkpoint
-from smoothquant_plus.models.families import FAMILIES
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.models.families import FAMILIES, Pair
+from smoothquant_plus.pipeline import calibrate, quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.verification import verify
 
 
@@ -99,3 +105,76 @@ def test_the_backend_of_each_layer_is_logged(tiny: Callable[..., Path], tmp_path
     with caplog.at_level(logging.INFO, logger="smoothquant_plus"):
         load(tmp_path / "out")
     assert "w8a8 64x64 on cpu: backend torch" in caplog.text
+
+
+def test_a_checkpoint_of_mixed_dtypes_is_not_rounded(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    """float32 norms among float16 weights, blocks run in float16: what is stored comes from the stored values all the same."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny("llama"), source)
+    for shard in source.glob("*.safetensors"):
+        tensors = {n: t.float() * 1.0001 if "norm" in n else t for n, t in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    quantize(source, tmp_path / "out", calibration=replace(calibration, compute_dtype="checkpoint"))
+    verify(tmp_path / "out", source)
+    assert Checkpoint(tmp_path / "out").tensors["model.layers.0.input_layernorm.weight"].dtype == torch.float32
+
+
+def test_other_weights_of_the_same_layout_are_another_model(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+    families.write("llama", tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="exists already"):
+        quantize(tmp_path / "other", tmp_path / "out", calibration=calibration)
+
+
+def test_after_a_failed_proof_the_advice_can_be_followed(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = (Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),)  # v_proj forgotten
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], pairs=wrong))
+    with pytest.raises(VerificationError, match="--smooth none quantizes it unsmoothed"):
+        quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+    quantize(tiny("llama"), tmp_path / "out", smooth="none", calibration=calibration)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_nan_does_not_pass_the_proof(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transform, "relative_error", lambda *_: float("nan"))
+    with pytest.raises(VerificationError, match="relative error nan"):
+        quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (Pair("input_layernrom", ("self_attn.q_proj",)), r"matches nothing.*no 'input_layernrom'.*Did you mean 'input_layernorm'"),
+        (
+            Pair("self_attn.v_proj", ("self_attn.o_proj",), when="all"),
+            r"v_proj -> self_attn.o_proj does not fit: 32 channels out and 64 in",
+        ),
+    ],
+)
+def test_a_pair_that_does_not_fit_the_model_is_named(
+    pair: Pair, message: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], pairs=(pair,)))
+    with pytest.raises(InputError, match=message):
+        quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+
+
+def test_statistics_count_no_calibration_tokens_and_static_ones_need_no_run(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = calibrate(tiny("llama"), tmp_path / "statistics.safetensors", calibration=calibration)
+    given = Calibration(statistics=statistics)
+    assert quantize(tiny("llama"), tmp_path / "smoothed", calibration=given).tokens == 0
+    monkeypatch.setattr(Decoder, "embed", None)
+    quantize(tiny("llama"), tmp_path / "static", activations="static", smooth="none", calibration=given)
+    verify(tmp_path / "static", against=None)
+
+
+def test_dynamic_per_tensor_activations_are_said_not_to_be_for_vllm(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    assert "vLLM has no dynamic per-tensor" in quantize(tiny(), tmp_path / "out", activations="tensor", calibration=calibration).notes[0]

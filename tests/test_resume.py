@@ -30,7 +30,8 @@ import families
 from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.pipeline import Calibration, calibrate, quantize
+from smoothquant_plus.pipeline import calibrate, quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.verification import verify
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -44,3 +44,15 @@ def test_chat_messages_go_through_the_chat_template(tmp_path: Path) -> None:
         json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
     )
     assert list(read_documents([str(tmp_path / "chat.jsonl")], tokenizer)) == ["<user>hi<assistant>ho"]
+
+
+def test_the_beginning_of_sequence_is_not_there_twice(tmp_path: Path) -> None:
+    class Tokenizer:
+        bos_token, eos_token_id = "<s>", None
+
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [1 if text.startswith("<s>") else 7]}
+
+    for text, expected in (("<s>user", [1]), ("plain", [1, 7])):
+        (tmp_path / "a.txt").write_text(text)
+        assert encode([str(tmp_path / "a.txt")], Tokenizer()).tolist() == expected

@@ -19,7 +19,8 @@ from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import write_json
 from smoothquant_plus.models.checkpoint import INDEX, Checkpoint
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, verify
 from smoothquant_plus.workspace import PLAN
 

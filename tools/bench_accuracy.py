@@ -13,7 +13,8 @@ import torch
 from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL
 from smoothquant_plus.demo.run import CHANNELS, SCALE, SEQ_LEN, write_planted
 from smoothquant_plus.evaluation.perplexity import evaluate
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 
 ROWS = {
     "naive, per-token dynamic": {"activations": "token", "smooth": "none"},

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from smoothquant_plus.evaluation.perplexity import evaluate
     from smoothquant_plus.method.scheme import SCHEMES
     from smoothquant_plus.pipeline import calibrate, quantize
+    from smoothquant_plus.preparation import Calibration
     from smoothquant_plus.runtime.load import load
     from smoothquant_plus.verification import verify
 
-__all__ = ["SCHEMES", "calibrate", "evaluate", "load", "quantize", "verify"]
+__all__ = ["SCHEMES", "Calibration", "calibrate", "evaluate", "load", "quantize", "verify"]
 
 _HOMES = {
     "SCHEMES": "method.scheme",
+    "Calibration": "preparation",
     "calibrate": "pipeline",
     "evaluate": "evaluation.perplexity",
     "load": "runtime.load",

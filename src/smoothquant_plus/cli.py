@@ -44,8 +44,9 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        # transformers must never look for a hub, nor talk on stdout.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        # Models are read from directories: nothing may look for a hub, unless a data set was asked for. And nothing may talk on stdout.
+        if not any(text.startswith("hf:") for text in kwargs.get("text") or ()):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             function(*args, **kwargs)
@@ -87,9 +88,9 @@ def quantize(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the quantized checkpoint.", show_default=False)],
     scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8.")] = "w8a8",
     activations: Annotated[
-        str, typer.Option(help="token (per-token dynamic), tensor (per-tensor dynamic) or static (per-tensor).")
-    ] = "token",
-    weights: Annotated[str, typer.Option(help="channel (a scale per output channel) or tensor.")] = "channel",
+        str | None, typer.Option(help="token (per-token dynamic, the default), tensor (per-tensor dynamic) or static (per-tensor).")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="channel (a scale per output channel, the default) or tensor.")] = None,
     smooth: Annotated[
         str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")
     ] = "norms",
@@ -103,8 +104,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Smooth and quantize MODEL into the new checkpoint OUT. Killed at any moment, the same command continues."""
-    from smoothquant_plus.pipeline import Calibration
     from smoothquant_plus.pipeline import quantize as run
+    from smoothquant_plus.preparation import Calibration
 
     calibration = Calibration(tuple(text or ()), statistics, samples, seq_len, compute_dtype, device)
     result = run(
@@ -140,8 +141,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure the per-channel activation maxima of MODEL alone, for `quantize --statistics` and for other tools."""
-    from smoothquant_plus.pipeline import Calibration
     from smoothquant_plus.pipeline import calibrate as run
+    from smoothquant_plus.preparation import Calibration
 
     path = run(model, output, calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device))
     show({"output": str(path)}, as_json, lambda: out.print(str(path)))

@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_plus import __version__
-from smoothquant_plus.errors import InputError, did_you_mean
-from smoothquant_plus.files import sha256, write_bytes, write_json
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme, find_scheme
-from smoothquant_plus.models.blocks import Decoder, Stream, check_device, check_positions, linears, load_config
-from smoothquant_plus.models.checkpoint import (
-    COMPANIONS,
-    CONFIG,
-    Checkpoint,
-    quantization_config,
-    read_config,
-    write_index,
-    write_shard,
-)
-from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
-from smoothquant_plus.models.sizes import stored_bytes
+from smoothquant_plus.models.blocks import Decoder, Stream, linears
+from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, quantization_config, read_config, write_index, write_shard
+from smoothquant_plus.models.families import Pair, active_pairs
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
+from smoothquant_plus.preparation import Calibration, check_calibration, check_space, choose_alpha, describe, open_decoder, read_samples
 from smoothquant_plus.progress import Steps, note, peak_rss_mb, steps
-from smoothquant_plus.text import DATASET_PREFIX, Samples, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
+from smoothquant_plus.text import Samples
 from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, read_plan, verify
 from smoothquant_plus.workspace import PLAN, Workspace
 
-COMPUTE_DTYPES = ("float32", "checkpoint")
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """Where activation maxima come from: text, or the file of `statistics` that a tool has published. Neither is needed when nothing is
-    smoothed and activations are quantized dynamically."""
-
-    text: Sequence[str] = ()
-    statistics: Path | None = None
-    samples: int = 128
-    seq_len: int = 512
-    compute_dtype: str = "float32"
-    device: str = "cpu"
+NO_TEXT = Calibration()
 
 
 @dataclass(frozen=True)
@@ -74,16 +52,17 @@ def quantize(
     output: str | Path,
     *,
     scheme: str = "w8a8",
-    activations: str = "token",
-    weights: str = "channel",
+    activations: str | None = None,
+    weights: str | None = None,
     smooth: str = "norms",
     alpha: str | float = "default",
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = NO_TEXT,
 ) -> Result:
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
-    `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3); `smooth` is 'none', 'norms' or 'all'; `alpha` is 'default', the family's
-    published value, or a number in 0..1. Killed at any moment, the same call continues where it was and gives the same bytes.
+    `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or 'tensor', where not the scheme's own; `smooth`
+    is 'none', 'norms' or 'all'; `alpha` is 'default', the family's published value, or a number in 0..1. Killed at any moment, the same
+    call continues where it was and gives the same bytes.
     Raises InputError for input that cannot be used, VerificationError when smoothing turned out to change the function.
     """
     start = time.monotonic()
@@ -92,21 +71,27 @@ def quantize(
     decoder = open_decoder(model, calibration)
     notes: list[str] = []
     strength = choose_alpha(decoder, smooth, alpha, notes)
-    needed = smooth != "none" or not chosen.inputs.dynamic
-    check_calibration(decoder, calibration, needed)
+    needs_maxima = smooth != "none" or not chosen.inputs.dynamic
+    needs_runs = smooth != "none" or (needs_maxima and calibration.statistics is None)
+    check_calibration(decoder, calibration, needs_maxima)
+    if chosen.inputs.dynamic and chosen.inputs.strategy == "tensor":
+        notes.append("vLLM has no dynamic per-tensor activations: this checkpoint is for this package and transformers.")
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
 
     with Workspace(output, recipe, {"modified": decoder.checkpoint.modified()}) as work:
         if not work.complete:
             check_space(decoder, work, chosen, calibration)
-            samples = read_samples(decoder, calibration) if needed else None
+            samples = read_samples(decoder, calibration) if needs_runs else None
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             quantize_blocks(decoder, work, chosen, smooth, strength, calibration, samples)
-            finish(decoder, work, chosen, recipe, {"alpha": strength, "tokens": samples.tokens if samples else 0, "notes": notes})
+            tokens = samples.tokens if samples and calibration.text else 0
+            finish(decoder, work, chosen, recipe, {"alpha": strength, "tokens": tokens, "notes": notes})
             verify(work.directory)
             work.publish(work.directory)
 
     plan = read_plan(output)
+    for remark in plan["notes"]:
+        note(remark)
     return Result(
         output=str(output),
         scheme=chosen.name,
@@ -157,7 +142,8 @@ def quantize_one(
     with decoder.block(index) as block:
         maxima, outputs = measure(decoder, block, index, stream, given, progress)
         statistics = {f"{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
-        block.float()
+        if decoder.dtype != torch.float32:
+            decoder.materialize(index, torch.float32)  # from the disk again: a tensor may be stored in more bits than were computed in
         if pairs and alpha is not None and stream is not None:
             reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
             smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
@@ -281,93 +267,3 @@ def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration
         write_shard(work.directory / output.name, work.statistics(), {"recipe": json.dumps(work.recipe, sort_keys=True)})
         work.publish(work.directory / output.name)
     return output
-
-
-# What is checked before any long work starts.
-
-
-def open_decoder(model: Path, calibration: Calibration) -> Decoder:
-    """The model as a stream of blocks. Raises InputError for a quantized one, an unknown family, or a device that is not there."""
-    if calibration.compute_dtype not in COMPUTE_DTYPES:
-        raise InputError(f"unknown compute dtype '{calibration.compute_dtype}': choose {' or '.join(COMPUTE_DTYPES)}.")
-    device = check_device(calibration.device)
-    config = read_config(model)
-    if "quantization_config" in config:
-        raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
-    load_config(model)  # the family before the weights: its message is the more useful one
-    checkpoint = Checkpoint(model)
-    dtype = torch.float32
-    if calibration.compute_dtype == "checkpoint":
-        dtypes = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
-        dtype = max(set(dtypes), key=dtypes.count)
-    return Decoder(checkpoint, dtype, device)
-
-
-def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[str]) -> float | None:
-    """The alpha to smooth with; None when nothing is smoothed."""
-    if smooth not in SMOOTH:
-        raise InputError(f"unknown --smooth '{smooth}': choose one of {', '.join(SMOOTH)}.{did_you_mean(smooth, SMOOTH)}")
-    if alpha == "default":
-        published = published_alpha(decoder.family, decoder.config)
-        if published is None and smooth != "none":
-            notes.append(f"no alpha was published for family '{decoder.family_name}': {DEFAULT_ALPHA} is used.")
-            note(notes[-1])
-        value = DEFAULT_ALPHA if published is None else published
-    else:
-        try:
-            value = float(alpha)
-        except ValueError as error:
-            raise InputError(f"--alpha {alpha}: give 'default' or a number between 0 and 1.") from error
-        if not 0.0 <= value <= 1.0:
-            raise InputError(f"--alpha {alpha} is out of range: it must be between 0 and 1.")
-    return None if smooth == "none" else value
-
-
-def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) -> None:
-    if calibration.text and calibration.statistics:
-        raise InputError("give either --text or --statistics, not both: statistics replace the calibration text.")
-    if needed and not calibration.text and not calibration.statistics:
-        raise InputError("calibration text is needed: give --text FILE (or --statistics FILE).")
-    if calibration.samples < 1 or calibration.seq_len < 2:
-        raise InputError(f"--samples {calibration.samples} --seq-len {calibration.seq_len}: at least 1 sample of 2 tokens is needed.")
-    check_texts(calibration.text)
-    if calibration.statistics:
-        read_statistics(calibration.statistics, decoder)
-    if calibration.text:
-        check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
-
-
-def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: Calibration) -> None:
-    """Raises InputError when the disk cannot hold what is still to be written: the output and the hidden states of an interrupted run."""
-    free = shutil.disk_usage(work.root).free
-    streams = 2 * calibration.samples * calibration.seq_len * decoder.config.hidden_size * 4
-    written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
-    needed = stored_bytes(decoder.model, decoder.family, scheme) + streams - written
-    if free < needed:
-        raise InputError(
-            f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or "
-            "choose an output on another disk."
-        )
-
-
-def read_samples(decoder: Decoder, calibration: Calibration) -> Samples:
-    if calibration.statistics:
-        return synthetic_samples(decoder.config.vocab_size)
-    samples = take_samples(calibration.text, load_tokenizer(decoder.checkpoint.directory), calibration.samples, calibration.seq_len)
-    check_ids(torch.cat(samples.batches, dim=1), decoder.config.vocab_size, decoder.checkpoint.directory)
-    note(f"calibration: {len(samples.batches)} of the text's {samples.available} samples, {samples.tokens} tokens")
-    return samples
-
-
-def describe(decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
-    """The part of a recipe that says what goes in. No path is in it: the same inputs give the same bytes wherever they lie."""
-    options = asdict(calibration)
-    options["text"] = [t if t.startswith(DATASET_PREFIX) else [Path(t).name, sha256(Path(t))] for t in calibration.text]
-    options["statistics"] = sha256(calibration.statistics) if calibration.statistics else None
-    files = [path for name in COMPANIONS if (path := decoder.checkpoint.directory / name).is_file()]
-    return {
-        "version": __version__,
-        "model": decoder.checkpoint.fingerprint(),
-        "companions": {path.name: sha256(path) for path in files},
-        **options,
-    }

@@ -118,7 +118,9 @@ def encode(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """All documents as one stream of token ids, int64 (tokens,), each ended by the end-of-sequence token where there is one."""
     ids: list[int] = []
     for document in read_documents(texts, tokenizer):
-        found = tokenizer(document, verbose=False)["input_ids"]
+        # A chat template writes the beginning-of-sequence token itself; it must not be there twice.
+        begins = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
+        found = tokenizer(document, add_special_tokens=not begins, verbose=False)["input_ids"]
         ids += found
         if found and tokenizer.eos_token_id is not None and found[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)

@@ -53,7 +53,7 @@ def read_plan(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: str | Path, against: str | Path | None = None) -> Report:
-    """Check every file's hash, every tensor's shape and dtype, and every quantized weight bit by bit against the plan.
+    """Check every file's hash, every tensor's shape, the quantized ones' dtypes, and every quantized weight bit by bit against the plan.
 
     With `against`, the full-precision model it was made of, also repeat each block from it and compare all of its tensors bit by bit,
     and prove the smoothing equivalent in float32 on random tokens.

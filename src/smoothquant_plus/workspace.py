@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoothquant_plus.errors import InputError
+from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import TEMPORARY_SUFFIX, sync, write_json
 from smoothquant_plus.models.checkpoint import write_shard
 
@@ -78,7 +78,7 @@ class Workspace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, InputError) and not self.complete and not self.blocks_done:
+        if isinstance(error, (InputError, VerificationError)) and not self.complete and not self.blocks_done:
             self._clear()  # there is nothing to continue, and the next try will have other options or inputs
         os.close(self._lock)
 

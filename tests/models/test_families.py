@@ -20,7 +20,8 @@ from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.families import FAMILIES, Pair, active_pairs, find_family, published_alpha
 from smoothquant_plus.models.transform import smooth_block
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import encode

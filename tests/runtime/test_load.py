@@ -9,7 +9,8 @@ import torch
 import families
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.checkpoint import Checkpoint
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.runtime.load import load
 

@@ -17,7 +17,8 @@ from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.perplexity import perplexity
 from smoothquant_plus.models.checkpoint import Checkpoint
-from smoothquant_plus.pipeline import Calibration, quantize
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import encode, load_tokenizer

@@ -61,8 +61,8 @@ def perplexity(model: Any, ids: Tensor, seq_len: int, stride: int) -> Perplexity
     """Perplexity of `ids`, int64 (tokens,): a window of `seq_len` tokens moves by `stride`, and every token but the first is predicted once,
     in the first window that has it.
 
-    With stride = seq_len windows do not overlap (each begins at the last token of the one before, so that its first prediction has a
-    context of one token), as the papers do; a smaller stride gives every prediction at least seq_len - stride tokens of context.
+    With stride = seq_len windows do not overlap: the first prediction of each has a context of one token (the papers' scripts leave that
+    prediction out). A smaller stride gives every prediction at least seq_len - stride tokens of context.
     """
     total, predicted = 0.0, 1  # ids[0] has nothing to be predicted from
     starts = list(range(0, len(ids) - 1, stride))

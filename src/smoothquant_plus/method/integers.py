@@ -15,7 +15,7 @@ from smoothquant_plus.method.scheme import Quant
 INT8_MAX = 127
 
 # How many numbers of a weight are worked on at a time. Weights are large: whole temporary copies would decide the peak of memory.
-PIECE = 1 << 20
+PIECE = 1 << 22
 
 
 @dataclass(frozen=True)

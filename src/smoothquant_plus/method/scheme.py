@@ -36,7 +36,6 @@ class Scheme(BaseModel):
     name: str
     weights: Quant
     inputs: Quant
-    ignore: tuple[str, ...] = ("lm_head",)
 
 
 ACTIVATIONS: dict[str, Quant] = {
@@ -51,21 +50,22 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def find_scheme(name: str, activations: str = "token", weights: str = "channel") -> Scheme:
-    """The scheme called `name`, with its activation granularity ('token', 'tensor', 'static') and weight granularity
-    ('channel', 'tensor') chosen.
+def find_scheme(name: str, activations: str | None = None, weights: str | None = None) -> Scheme:
+    """The scheme called `name`; `activations` ('token', 'tensor', 'static') and `weights` ('channel', 'tensor') replace its own
+    granularities where they are given.
 
     Raises InputError for a name that is not there.
     """
-    if name not in SCHEMES:
+    scheme = SCHEMES.get(name)
+    if scheme is None:
         raise InputError(f"unknown scheme '{name}': choose one of {', '.join(SCHEMES)}.{did_you_mean(name, SCHEMES)}")
-    if activations not in ACTIVATIONS:
-        raise InputError(
-            f"unknown activation quantization '{activations}': choose one of {', '.join(ACTIVATIONS)}.{did_you_mean(activations, ACTIVATIONS)}"
-        )
-    if weights not in ("channel", "tensor"):
-        raise InputError(f"unknown weight quantization '{weights}': choose channel or tensor.")
-    scheme = SCHEMES[name]
-    return scheme.model_copy(
-        update={"inputs": ACTIVATIONS[activations], "weights": scheme.weights.model_copy(update={"strategy": weights})}
-    )
+    if activations is not None:
+        if activations not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise InputError(f"unknown --activations '{activations}': choose one of {known}.{did_you_mean(activations, ACTIVATIONS)}")
+        scheme = scheme.model_copy(update={"inputs": ACTIVATIONS[activations]})
+    if weights is not None:
+        if weights not in ("channel", "tensor"):
+            raise InputError(f"unknown --weights '{weights}': choose channel or tensor.")
+        scheme = scheme.model_copy(update={"weights": scheme.weights.model_copy(update={"strategy": weights})})
+    return scheme

@@ -71,7 +71,8 @@ def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype
 
     The gain is stored in 16 bits, so gain / s is rounded; instead of accepting that as an error of the function, the factor is moved to
     what the rounded gain says, s := gain / rounded, and the linears are multiplied by that: the pair stays exact.
-    Raises OverflowError when a value leaves the range of `dtype` or becomes zero.
+    Raises OverflowError when a value overflows `dtype`, or a gain that was not zero becomes zero in it. (A bias that small is rounded like
+    any other: what is lost is less than the dtype's smallest number.)
     """
     gain = weight.float() + offset
     rounded = to_storage(gain / s - offset, dtype, "the norm's gain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from smoothquant_plus.errors import InputError
+from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint, read_config
-from smoothquant_plus.models.families import Family, find_family
+from smoothquant_plus.models.families import Family, active_pairs, find_family
 
 # What transformers raises for bad values in config.json: each family finds them in its own way, if only by dividing by them.
 BAD_CONFIG = (
@@ -100,6 +101,7 @@ class Decoder:
             assign(self.model, name, buffer.to(self.device))
         self.blocks: Any = self.model.get_submodule(self.family.blocks)
         self._names = disk_names(self.model, checkpoint, self.family)
+        check_pairs(self.family, self.config, self.blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -138,14 +140,18 @@ class Decoder:
     def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights in memory, in `dtype` (default: the compute dtype); released on leaving."""
         block = self.blocks[index]
-        names = list(block.state_dict())
         try:
-            for name in names:
-                assign(block, name, self._read(f"{self.path(index)}.{name}", dtype or self.dtype))
+            self.materialize(index, dtype or self.dtype)
             yield block
         finally:
-            for name in names:
+            for name in block.state_dict():
                 assign(block, name, torch.empty_like(_get(block, name), device="meta"))
+            trim()
+
+    def materialize(self, index: int, dtype: torch.dtype) -> None:
+        """Read the weights of block `index`, anew if they were read before, as `dtype`."""
+        for name in self.blocks[index].state_dict():
+            assign(self.blocks[index], name, self._read(f"{self.path(index)}.{name}", dtype))
 
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
         return self.checkpoint.read(self.disk_name(name)).to(self.device, dtype)
@@ -273,6 +279,29 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def check_pairs(family: Family, config: Any, blocks: Any) -> None:
+    """Raises InputError when a pair names a module that a block does not have, or channels that do not match."""
+    for block in blocks:
+        modules = dict(block.named_modules())
+        for pair in active_pairs(family, config, "all"):
+            for name in (pair.source, *pair.sinks):
+                if name not in modules:
+                    raise InputError(
+                        f"the pair {pair.source} -> {', '.join(pair.sinks)} matches nothing: the model's blocks have no '{name}'."
+                        f"{did_you_mean(name, modules)} Its row in models/families.py does not fit this model."
+                    )
+            source = modules[pair.source]
+            channels = len(source.weight) if getattr(source, "weight", None) is not None else None
+            for sink in pair.sinks:
+                found = modules[sink].in_features
+                # The heads that share a value head read more channels than it has.
+                if channels and (found != channels if pair.rows == "each" else found % channels):
+                    raise InputError(
+                        f"the pair {pair.source} -> {sink} does not fit: {channels} channels out and {found} in, with rows '{pair.rows}'. "
+                        "Its row in models/families.py does not fit this model."
+                    )
+
+
 def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict[str, str]:
     """{name in the model: name in the checkpoint} for every tensor of the model; an output head that is tied to the input embedding and
     not stored is left out.
@@ -315,6 +344,17 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
 def _head_path(model: Any) -> str | None:
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def trim() -> None:
+    """Give the system back what tensors were in that are gone.
+
+    glibc keeps memory of up to 32 MB a piece for later, and often cannot use it for the next block's tensors: aligned as torch asks for
+    them, they do not fit where one of the same size was. Without this a process grows with every block, a 3B model's by about 35 MB.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # in glibc alone
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

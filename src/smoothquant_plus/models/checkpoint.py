@@ -19,7 +19,7 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256, write_atomic, write_json
 from smoothquant_plus.method.integers import QuantizedWeight
-from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme
+from smoothquant_plus.method.scheme import Quant, Scheme
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -50,11 +50,17 @@ COMPANIONS = (
 )
 
 
+FINGERPRINT_PAGES = 64
+
+
 @dataclass(frozen=True)
 class TensorInfo:
+    """Where a tensor lies: its bytes begin at `offset` of the file `shard`."""
+
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -85,13 +91,18 @@ class Checkpoint:
         """The tensor `name`, in memory of its own. Raises InputError when it is not there or has values that are NaN or infinite."""
         if name not in self.tensors:
             raise InputError(f"{self.directory} has no tensor '{name}'.{did_you_mean(name, self.tensors)}")
-        path = self.directory / self.tensors[name].shard
+        info = self.tensors[name]
+        path = self.directory / info.shard
+        tensor = torch.empty(info.shape, dtype=info.dtype)
         try:
-            # Opened anew each time, and cloned: a mapping that stays open would keep every page that was ever read resident.
-            with safe_open(path, framework="pt") as shard:
-                tensor = shard.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+            # Not mapped: while a mapping is copied, a table of a gigabyte is in memory twice.
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                complete = file.readinto(tensor.view(-1).view(torch.uint8).numpy()) == info.nbytes
+        except OSError as error:
             raise InputError(f"cannot read '{name}' from {path}: {error}") from error
+        if not complete:
+            raise InputError(f"cannot read '{name}' from {path}: the file has become shorter since it was opened.")
         # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
         if tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
             raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
@@ -102,14 +113,20 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the weights without reading them: config, and each shard's size and the hash of its header."""
+        """What tells this checkpoint from another without reading all of it: config.json, and of each shard its size, its header and pages
+        of its contents, evenly spread."""
         shards = {}
         for shard in self.shards:
             path = self.directory / shard
+            size = path.stat().st_size
+            digest = hashlib.sha256()
             with path.open("rb") as file:
-                header = file.read(8)
-                header += file.read(int.from_bytes(header, "little"))
-            shards[shard] = {"bytes": path.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
+                length = file.read(8)
+                digest.update(length + file.read(int.from_bytes(length, "little")))
+                for page in range(FINGERPRINT_PAGES):
+                    file.seek(size * page // FINGERPRINT_PAGES)
+                    digest.update(file.read(4096))
+            shards[shard] = {"bytes": size, "sample_sha256": digest.hexdigest()}
         return {"config_sha256": sha256(self.directory / CONFIG), "shards": shards}
 
     def modified(self) -> dict[str, int]:
@@ -167,17 +184,22 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    found = {}
     try:
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                piece = shard.get_slice(name)
-                if piece.get_dtype() not in DTYPES:
-                    raise InputError(f"'{name}' in {path} has dtype {piece.get_dtype()}, which is not supported ({', '.join(DTYPES)} are).")
-                found[name] = TensorInfo(path.name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+        with safe_open(path, framework="pt"):  # raises for a header that is not one, or that does not fit the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or truncated ({error}): download it again.") from error
-    return found
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"'{name}' in {path} has dtype {entry['dtype']}, which is not supported ({', '.join(DTYPES)} are).")
+    return {
+        name: TensorInfo(path.name, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 # What a quantized linear layer is on disk (docs/formats.md): int8 `weight` (N, K), float32 `weight_scale` (N, 1) or (1,), and for static
@@ -236,16 +258,9 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
         return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in keys.items()})
 
     try:
-        scheme = Scheme(
-            name="w8a8",
-            weights=quant(group["weights"]),
-            inputs=quant(group["input_activations"]),
-            ignore=tuple(declared.get("ignore") or ()),
-        )
+        return Scheme(name="w8a8", weights=quant(group["weights"]), inputs=quant(group["input_activations"]))
     except (KeyError, ValueError) as error:
         raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
-    assert scheme.name in SCHEMES
-    return scheme
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import linears
+from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import linear_layout
 from smoothquant_plus.models.families import Family
 
@@ -17,10 +17,24 @@ def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
     if scheme is not None:
         for block in model.get_submodule(family.blocks).children():
             for linear in linears(block).values():
-                total -= linear.weight.numel() * linear.weight.dtype.itemsize
-                layout = linear_layout(scheme, linear.out_features, linear.in_features).values()
-                total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
+                total += linear_bytes(scheme, linear) - linear.weight.numel() * linear.weight.dtype.itemsize
     return total
+
+
+def quantized_bytes(decoder: Decoder, scheme: Scheme) -> int:
+    """Bytes of the checkpoint that quantizing the blocks of `decoder` gives."""
+    total = decoder.checkpoint.nbytes
+    for index, block in enumerate(decoder.blocks):
+        for name, linear in linears(block).items():
+            total -= decoder.checkpoint.tensors[decoder.disk_name(f"{decoder.path(index)}.{name}.weight")].nbytes
+            total += linear_bytes(scheme, linear)
+    return total
+
+
+def linear_bytes(scheme: Scheme, linear: Any) -> int:
+    """Bytes of a quantized linear layer, without its bias."""
+    layout = linear_layout(scheme, linear.out_features, linear.in_features).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
 
 
 def largest_block(model: Any, family: Family) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_input
 from smoothquant_plus.method.scheme import Quant, Scheme
 
-# On CUDA `_int_mm` takes no fewer rows.
+# On CUDA `_int_mm` refuses 16 rows and fewer.
 CUDA_ROWS = 32
 
 

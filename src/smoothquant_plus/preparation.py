@@ -1,0 +1,125 @@
+"""What a run needs to know before it starts: its inputs, opened and checked, so that no long work begins with bad ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoothquant_plus import __version__
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.files import sha256
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, load_config
+from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
+from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_alpha
+from smoothquant_plus.models.sizes import quantized_bytes
+from smoothquant_plus.models.statistics import read_statistics
+from smoothquant_plus.progress import note
+from smoothquant_plus.text import DATASET_PREFIX, Samples, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
+from smoothquant_plus.workspace import Workspace
+
+COMPUTE_DTYPES = ("float32", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where activation maxima come from: text, or the file of `statistics` that a tool has published. Neither is needed when nothing is
+    smoothed and activations are quantized dynamically."""
+
+    text: Sequence[str] = ()
+    statistics: Path | None = None
+    samples: int = 128
+    seq_len: int = 512
+    compute_dtype: str = "float32"
+    device: str = "cpu"
+
+
+def open_decoder(model: Path, calibration: Calibration) -> Decoder:
+    """The model as a stream of blocks. Raises InputError for a quantized one, an unknown family, or a device that is not there."""
+    if calibration.compute_dtype not in COMPUTE_DTYPES:
+        raise InputError(f"unknown compute dtype '{calibration.compute_dtype}': choose {' or '.join(COMPUTE_DTYPES)}.")
+    device = check_device(calibration.device)
+    config = read_config(model)
+    if "quantization_config" in config:
+        raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
+    load_config(model)  # the family before the weights: its message is the more useful one
+    checkpoint = Checkpoint(model)
+    dtype = torch.float32
+    if calibration.compute_dtype == "checkpoint":
+        dtypes = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
+        dtype = max(set(dtypes), key=dtypes.count)
+    return Decoder(checkpoint, dtype, device)
+
+
+def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[str]) -> float | None:
+    """The alpha to smooth with; None when nothing is smoothed."""
+    if smooth not in SMOOTH:
+        raise InputError(f"unknown --smooth '{smooth}': choose one of {', '.join(SMOOTH)}.{did_you_mean(smooth, SMOOTH)}")
+    if alpha == "default":
+        published = published_alpha(decoder.family, decoder.config)
+        if published is None and smooth != "none":
+            notes.append(f"no alpha was published for family '{decoder.family_name}': {DEFAULT_ALPHA} is used.")
+        value = DEFAULT_ALPHA if published is None else published
+    else:
+        try:
+            value = float(alpha)
+        except ValueError as error:
+            raise InputError(f"--alpha {alpha}: give 'default' or a number between 0 and 1.") from error
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"--alpha {alpha} is out of range: it must be between 0 and 1.")
+    return None if smooth == "none" else value
+
+
+def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) -> None:
+    if calibration.text and calibration.statistics:
+        raise InputError("give either --text or --statistics, not both: statistics replace the calibration text.")
+    if needed and not calibration.text and not calibration.statistics:
+        raise InputError("calibration text is needed: give --text FILE (or --statistics FILE).")
+    if calibration.samples < 1 or calibration.seq_len < 2:
+        raise InputError(f"--samples {calibration.samples} --seq-len {calibration.seq_len}: at least 1 sample of 2 tokens is needed.")
+    check_texts(calibration.text)
+    if calibration.statistics:
+        read_statistics(calibration.statistics, decoder)
+    if calibration.text:
+        check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
+
+
+def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: Calibration) -> None:
+    """Raises InputError when the disk cannot hold what is still to be written: the output and the hidden states of an interrupted run."""
+    free = shutil.disk_usage(work.root).free
+    streams = 2 * calibration.samples * calibration.seq_len * decoder.config.hidden_size * 4
+    written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
+    needed = quantized_bytes(decoder, scheme) + streams - written
+    if free < needed:
+        raise InputError(
+            f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or "
+            "choose an output on another disk."
+        )
+
+
+def read_samples(decoder: Decoder, calibration: Calibration) -> Samples:
+    if calibration.statistics:
+        return synthetic_samples(decoder.config.vocab_size)
+    samples = take_samples(calibration.text, load_tokenizer(decoder.checkpoint.directory), calibration.samples, calibration.seq_len)
+    check_ids(torch.cat(samples.batches, dim=1), decoder.config.vocab_size, decoder.checkpoint.directory)
+    note(f"calibration: {len(samples.batches)} of the text's {samples.available} samples, {samples.tokens} tokens")
+    return samples
+
+
+def describe(decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
+    """The part of a recipe that says what goes in. No path is in it: the same inputs give the same bytes wherever they lie."""
+    options = asdict(calibration)
+    options["text"] = [t if t.startswith(DATASET_PREFIX) else [Path(t).name, sha256(Path(t))] for t in calibration.text]
+    options["statistics"] = sha256(calibration.statistics) if calibration.statistics else None
+    files = [path for name in COMPANIONS if (path := decoder.checkpoint.directory / name).is_file()]
+    return {
+        "version": __version__,
+        "model": decoder.checkpoint.fingerprint(),
+        "companions": {path.name: sha256(path) for path in files},
+        **options,
+    }
