@@ -370,25 +370,26 @@ def change_text(inputs: Inputs) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (touch, f"modified.{SHARD}"),
-        (change_weight, f"modified.{SHARD}"),
-        (change_header, f"model.shards.{SHARD}.header_sha256"),
-        (change_config, "model.config_sha256"),
-        (change_tokenizer, "companions.tokenizer_config.json"),
-        (change_text, "text"),
+        (touch, [f"modified.{SHARD}"]),
+        (change_weight, [f"model.shards.{SHARD}.sample_sha256", f"modified.{SHARD}"]),
+        (change_header, [f"model.shards.{SHARD}.sample_sha256"]),
+        (change_config, ["model.config_sha256"]),
+        (change_tokenizer, ["companions.tokenizer_config.json"]),
+        (change_text, ["text"]),
     ],
 )
 def test_other_inputs_are_refused(
-    change: Callable[[Inputs], None], named: str, killed_in_second_block: Path, inputs: Inputs, home: Path, tmp_path: Path
+    change: Callable[[Inputs], None], named: list[str], killed_in_second_block: Path, inputs: Inputs, home: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
     changed = inputs.copy(tmp_path / "inputs")
     change(changed)
 
-    with pytest.raises(InputError, match=f"unfinished run with other options or inputs: {named} was ") as refused:
+    with pytest.raises(InputError, match=f"unfinished run with other options or inputs: {named[0]} was ") as refused:
         changed.call("quantize", home)()
 
-    assert str(refused.value).count(" was ") == 1, "names more than what differs"
+    assert [word for word in named if f"{word} was " in str(refused.value)] == named
+    assert str(refused.value).count(" was ") == len(named), "names more than what differs"
     assert contents(home) == contents(killed_in_second_block)
 
 
@@ -417,6 +418,18 @@ def test_complete_output_is_left_alone(inputs: Inputs, home: Path, capfd: pytest
     assert asdict(replace(second, **own)) == asdict(replace(first, **own))
     with pytest.raises(InputError, match="exists already"):
         quantize(inputs.model, home / "OUT", smooth="norms", calibration=inputs.calibration)
+    assert times(home) == before
+
+
+def test_complete_output_of_other_weights_is_left_alone(inputs: Inputs, home: Path, tmp_path: Path) -> None:
+    changed = inputs.copy(tmp_path / "inputs")
+    changed.call("quantize", home)()
+    before = times(home)
+    touch(changed)
+    changed.call("quantize", home)()  # the same weights, downloaded once more
+    change_weight(changed)
+    with pytest.raises(InputError, match="exists already"):
+        changed.call("quantize", home)()
     assert times(home) == before
 
 

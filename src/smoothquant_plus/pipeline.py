@@ -26,7 +26,6 @@ from smoothquant_plus.text import Samples
 from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, read_plan, verify
 from smoothquant_plus.workspace import PLAN, Workspace
 
-
 NO_TEXT = Calibration()
 
 

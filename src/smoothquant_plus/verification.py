@@ -170,6 +170,8 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     if source.fingerprint() != made_of:
         differs = "config.json" if source.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
         raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
+    if not (directory / STATISTICS).is_file():
+        raise VerificationError(f"{directory / STATISTICS} is missing: without it nothing can be made again.")
     decoder = Decoder(source)
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])

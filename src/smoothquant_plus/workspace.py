@@ -47,12 +47,7 @@ class Workspace:
         self.complete = False
 
     def __enter__(self) -> Workspace:
-        if self.output.exists():
-            self.complete = recorded_recipe(self.output) == self.recipe
-            if not self.complete:
-                raise InputError(
-                    f"{self.output} exists already and is not the result of this command: choose another output, or remove it."
-                )
+        self._check_output()
         existing = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not existing.is_dir():
             raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
@@ -61,6 +56,9 @@ class Workspace:
         self._lock = os.open(self.root, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.root.exists() or self.root.stat().st_ino != os.fstat(self._lock).st_ino:
+                raise BlockingIOError  # another process finished, and removed it, between the last lines
+            self._check_output()
             if self.complete:
                 self._clear()  # what a run that was killed after publishing left behind
                 return self
@@ -81,6 +79,14 @@ class Workspace:
         if isinstance(error, (InputError, VerificationError)) and not self.complete and not self.blocks_done:
             self._clear()  # there is nothing to continue, and the next try will have other options or inputs
         os.close(self._lock)
+
+    def _check_output(self) -> None:
+        if self.output.exists():
+            self.complete = recorded_recipe(self.output) == self.recipe
+            if not self.complete:
+                raise InputError(
+                    f"{self.output} exists already and is not the result of this command: choose another output, or remove it."
+                )
 
     def _check_recipe(self) -> None:
         path = self.root / RECIPE
