@@ -6,25 +6,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-import families
+from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def place(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with MODEL, calibration.txt and held_out.txt."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with MODEL, calibration.txt and held_out.txt: what ships with the package."""
     directory = tmp_path_factory.mktemp("readme")
-    shutil.copytree(tiny("llama", torch.float32), directory / "MODEL")
-    (directory / "calibration.txt").write_text(families.TEXT * 4)
-    (directory / "held_out.txt").write_text(families.TEXT[:2000])
+    shutil.copytree(MODEL, directory / "MODEL")
+    shutil.copy(CALIBRATION, directory / "calibration.txt")
+    (directory / "held_out.txt").write_text(HELD_OUT.read_text()[:10_000])
     return directory
 
 

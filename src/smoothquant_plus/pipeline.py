@@ -116,27 +116,25 @@ def quantize_blocks(
     stream = open_stream(decoder, work, samples)
     with steps("block", len(decoder), work.blocks_done) as progress:
         for index in range(work.blocks_done, len(decoder)):
-            shard = work.directory / shard_name(decoder, index + 1)
-            record, statistics, outputs = quantize_one(decoder, index, shard, scheme, pairs, alpha, stream, given, progress)
+            record = quantize_one(decoder, work, index, scheme, pairs, alpha, stream, given, progress)
             if stream is not None:
-                stream.hidden = outputs
-            work.finish_block(index, record, statistics, outputs)
+                stream.hidden = work.stream()
             progress.step(f"equivalence error {record['equivalence_error']:.1e}" if record["pairs"] else "")
 
 
 def quantize_one(
     decoder: Decoder,
+    work: Workspace,
     index: int,
-    shard: Path,
     scheme: Scheme,
     pairs: Sequence[Pair],
     alpha: float | None,
     stream: Stream | None,
     given: dict[str, Tensor] | None,
     progress: Steps,
-) -> tuple[dict[str, Any], dict[str, Tensor], list[Tensor]]:
-    """Block `index` from the model's weights to its `shard`: what plan.json says of it, its input maxima, and the original block's outputs
-    per batch. None of its weights, as floats or as integers, are in memory afterwards."""
+) -> dict[str, Any]:
+    """Block `index` from the model's weights to its shard: what plan.json says of it. All else that was made of it is on disk alone
+    afterwards: its weights as integers, the maxima of its inputs, and the original block's outputs."""
     error, smoothed = 0.0, []
     with decoder.block(index) as block:
         maxima, outputs = measure(decoder, block, index, stream, given, progress)
@@ -148,8 +146,10 @@ def quantize_one(
             smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
             error = prove_equivalent(decoder, block, index, stream, reference, halves(progress, 0.5, len(reference)))
         quantized = quantize_block(decoder, index, block, scheme, maxima)
-        write_shard(shard, block_tensors(decoder, index, block, quantized))
-    return record_of(smoothed, quantized, error), statistics, outputs
+        write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
+    record = record_of(smoothed, quantized, error)
+    work.finish_block(index, record, statistics, outputs)
+    return record
 
 
 def open_stream(decoder: Decoder, work: Workspace, samples: Samples | None) -> Stream | None:
@@ -159,7 +159,9 @@ def open_stream(decoder: Decoder, work: Workspace, samples: Samples | None) -> S
     stream = decoder.embed(samples.batches)
     if work.blocks_done:
         note(f"continuing at block {work.blocks_done + 1} of {len(decoder)}")
-        stream.hidden = work.stream()
+    else:
+        work.keep_stream(0, stream.hidden)
+    stream.hidden = work.stream()
     return stream
 
 
@@ -259,9 +261,11 @@ def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration
             for index in range(work.blocks_done, len(decoder)):
                 assert stream is not None
                 with decoder.block(index) as block:
-                    maxima, stream.hidden = decoder.measure(block, index, stream, lambda done: progress.part(done / len(stream.hidden)))
+                    maxima, outputs = decoder.measure(block, index, stream, lambda done: progress.part(done / len(stream.hidden)))
                 named = {f"{decoder.path(index)}.{name}": channels.maxima for name, channels in maxima.items()}
-                work.finish_block(index, {}, named, stream.hidden)
+                work.finish_block(index, {}, named, outputs)
+                del outputs  # on disk now: not a second time in memory while the next block runs
+                stream.hidden = work.stream()
                 progress.step()
         write_shard(work.directory / output.name, work.statistics(), {"recipe": json.dumps(work.recipe, sort_keys=True)})
         work.publish(work.directory / output.name)

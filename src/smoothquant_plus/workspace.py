@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,12 +107,12 @@ class Workspace:
         """How many blocks are complete; they are done in order."""
         return len(list((self.root / "blocks").glob("*.json")))
 
-    def finish_block(self, index: int, record: Mapping[str, Any], statistics: Mapping[str, Tensor], stream: list[Tensor]) -> None:
+    def finish_block(self, index: int, record: Mapping[str, Any], statistics: Mapping[str, Tensor], stream: Sequence[Tensor]) -> None:
         """Block `index` is done and its shard is on disk. Keeps its statistics and the hidden states for the next block (none when nothing
         is run), then commits by writing the record."""
         write_shard(self.root / "blocks" / f"{index:05d}.safetensors", statistics)
         if stream:
-            write_shard(self._stream(index + 1), {f"{batch:06d}": hidden for batch, hidden in enumerate(stream)})
+            self.keep_stream(index + 1, stream)
         write_json(self.root / "blocks" / f"{index:05d}.json", record)
         self._stream(index).unlink(missing_ok=True)
 
@@ -126,10 +126,13 @@ class Workspace:
             statistics |= load_file(path)
         return statistics
 
-    def stream(self) -> list[Tensor]:
-        """The hidden states that go into the first block that is not done."""
-        tensors = load_file(self._stream(self.blocks_done))
-        return [tensors[name].clone() for name in sorted(tensors)]
+    def keep_stream(self, index: int, stream: Sequence[Tensor]) -> None:
+        """Write the hidden states that go into block `index`, per batch."""
+        write_shard(self._stream(index), {f"{batch:06d}": hidden for batch, hidden in enumerate(stream)})
+
+    def stream(self) -> Sequence[Tensor]:
+        """The hidden states that go into the first block that is not done, per batch: on disk, one in memory at a time."""
+        return StoredTensors(self._stream(self.blocks_done))
 
     def _stream(self, index: int) -> Path:
         return self.root / f"stream-{index:05d}.safetensors"
@@ -144,6 +147,22 @@ class Workspace:
 
     def _clear(self) -> None:
         shutil.rmtree(self.root)
+
+
+class StoredTensors(Sequence[Tensor]):
+    """The tensors of a safetensors file, in the order of their names; each is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = sorted(file.keys())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(self._names[index]).clone()  # of a mapping that is closed again
 
 
 def differences(earlier: Any, asked: Any, name: str = "") -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,7 @@ class Stream:
     `calls[batch][block]`: each block's own arguments, so that sliding windows and per-layer masks are right.
     """
 
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     calls: list[list[Call]] = field(default_factory=list)
 
 
@@ -140,13 +140,13 @@ class Decoder:
     def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights in memory, in `dtype` (default: the compute dtype); released on leaving."""
         block = self.blocks[index]
+        trim()  # before and not after: by now what was made of the last block is gone too
         try:
             self.materialize(index, dtype or self.dtype)
             yield block
         finally:
             for name in block.state_dict():
                 assign(block, name, torch.empty_like(_get(block, name), device="meta"))
-            trim()
 
     def materialize(self, index: int, dtype: torch.dtype) -> None:
         """Read the weights of block `index`, anew if they were read before, as `dtype`."""
@@ -183,14 +183,15 @@ class Decoder:
             if isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_hook(lambda _m, _args, output: output.to(self.dtype)))
 
-        stream = Stream([])
+        hidden: list[Tensor] = []
+        stream = Stream(hidden)
         calls: list[Call] = []
         known: dict[Any, Tensor] = {}
 
         def catch(index: int) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if index == 0:
-                    stream.hidden.append(hidden_states.to("cpu", self.dtype))
+                    hidden.append(hidden_states.to("cpu", self.dtype))
                 calls.append(Call(_share(args, known), _share(kwargs, known)))
                 if index == len(self.blocks) - 1:
                     raise _StopForward
