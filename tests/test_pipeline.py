@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import families
+from smoothquant_plus import pipeline, preparation
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.models import transform
 from smoothquant_plus.models.blocks import Decoder
@@ -20,6 +24,7 @@ from smoothquant_plus.models.families import FAMILIES, Pair
 from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.verification import verify
+from smoothquant_plus.workspace import Workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -178,3 +183,45 @@ def test_dynamic_per_tensor_activations_are_said_not_to_be_for_vllm(
     tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:
     assert "vLLM has no dynamic per-tensor" in quantize(tiny(), tmp_path / "out", activations="tensor", calibration=calibration).notes[0]
+
+
+def test_one_text_may_be_named_by_itself(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    first = quantize(tiny(), tmp_path / "a", calibration=Calibration(text=text_file, samples=2, seq_len=16))
+    again = quantize(tiny(), tmp_path / "b", calibration=Calibration(text=[str(text_file)], samples=2, seq_len=16))
+    assert first.tokens == again.tokens == 32
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def test_what_a_removed_run_left_behind_is_not_used(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    """A directory that was being removed when the process was killed: shards, but no recipe."""
+    families.write("llama", tmp_path / "other", seed=1)
+    quantize(tmp_path / "other", tmp_path / "foreign", calibration=calibration)
+    work = tmp_path / ".out.partial"
+    shutil.copytree(tmp_path / "foreign", work / "output")
+    (work / "blocks").mkdir()
+    (work / "blocks" / "00000.json").write_text("{}")
+    quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+    verify(tmp_path / "out", tiny("llama"))
+
+
+def test_text_that_changed_behind_its_name_does_not_continue_a_run(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a data set can, whose rows are not in the recipe."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+    original = preparation.read_samples
+    monkeypatch.setattr(
+        pipeline, "read_samples", lambda *arguments: replace(found := original(*arguments), batches=[b + 1 for b in found.batches])
+    )
+    with pytest.raises(InputError, match="unfinished run on other calibration text"):
+        quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
+
+
+def test_verify_repeats_the_blocks_on_another_instruction_set(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    source = tiny("llama", torch.float32)
+    quantize(source, tmp_path / "out", smooth="all", calibration=calibration)
+    command = [sys.executable, "-m", "smoothquant_plus.cli", "verify", str(tmp_path / "out"), "--against", str(source)]
+    subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"}, check=True, capture_output=True)

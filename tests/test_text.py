@@ -56,3 +56,8 @@ def test_the_beginning_of_sequence_is_not_there_twice(tmp_path: Path) -> None:
     for text, expected in (("<s>user", [1]), ("plain", [1, 7])):
         (tmp_path / "a.txt").write_text(text)
         assert encode([str(tmp_path / "a.txt")], Tokenizer()).tolist() == expected
+
+
+def test_blank_documents_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "ab", "  ", "c")))
+    assert len(encode([str(tmp_path / "rows.jsonl")], TOKENIZER)) == 2 + 1 + 1 + 1

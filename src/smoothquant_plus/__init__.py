@@ -1,4 +1,4 @@
-"""SmoothQuant and SmoothQuant+ for large language models.
+"""SmoothQuant for large language models; SmoothQuant+ is to follow.
 
 The public names are loaded on first use: importing the package does not import torch.
 """

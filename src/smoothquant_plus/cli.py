@@ -22,7 +22,7 @@ from smoothquant_plus.errors import InputError, VerificationError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Model = Annotated[Path, typer.Argument(help="Directory of a Hugging Face model (safetensors).", show_default=False)]
-Any_ = Annotated[Path, typer.Argument(metavar="MODEL_OR_OUT", help="Directory of a model, quantized or not.", show_default=False)]
+ModelOrOutput = Annotated[Path, typer.Argument(metavar="MODEL_OR_OUT", help="Directory of a model, quantized or not.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Text = Annotated[
     list[str] | None,
@@ -40,7 +40,11 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., None]:
-    """Run a command's function and end with its exit code: 0 done, 2 bad input, 3 verification failed, 130 interrupted."""
+    """Run a command's function and end with its exit code: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
+
+    The command is named like the function, without a trailing underscore.
+    """
+    name = function.__name__.rstrip("_")
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -58,11 +62,17 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
             hint = " The disk is full: free some space and run the same command again, it continues where it was." if full else ""
             err.print(f"error: {error}.{hint}", markup=False)
             raise typer.Exit(2) from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            err.print(f"error: {error} Nothing is lost: use a smaller --seq-len, or --device cpu.", markup=False)
+            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            err.print("interrupted: nothing is lost, run the same command again to continue.")
+            resumes = name in ("quantize", "calibrate")
+            err.print("interrupted: nothing is lost, run the same command again to continue." if resumes else "interrupted.")
             raise typer.Exit(130) from error
 
-    return app.command()(run)
+    return app.command(name)(run)
 
 
 def show(value: Any, as_json: bool, human: Callable[[], None]) -> None:
@@ -174,8 +184,8 @@ def verify(
 
 
 @command
-def evaluate(
-    model: Any_,
+def eval_(
+    model: ModelOrOutput,
     text: Text = None,
     seq_len: SeqLen = 512,
     stride: Annotated[
@@ -193,12 +203,9 @@ def evaluate(
     show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
 
 
-app.registered_commands[-1].name = "eval"
-
-
 @command
 def generate(
-    model: Any_,
+    model: ModelOrOutput,
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 64,
     device: Device = "cpu",
@@ -263,7 +270,7 @@ def demo(
 
 @app.callback(invoke_without_command=True)
 def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """SmoothQuant and SmoothQuant+: 8-bit and 4-bit checkpoints that answer like the original."""
+    """SmoothQuant: 8-bit checkpoints of language models that answer like the original."""
     if version:
         out.print(__version__)
         raise typer.Exit(0)

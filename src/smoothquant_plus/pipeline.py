@@ -20,7 +20,16 @@ from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, q
 from smoothquant_plus.models.families import Pair, active_pairs
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
-from smoothquant_plus.preparation import Calibration, check_calibration, check_space, choose_alpha, describe, open_decoder, read_samples
+from smoothquant_plus.preparation import (
+    Calibration,
+    check_calibration,
+    check_space,
+    choose_alpha,
+    describe,
+    environment,
+    open_decoder,
+    read_samples,
+)
 from smoothquant_plus.progress import Steps, note, peak_rss_mb, steps
 from smoothquant_plus.text import Samples
 from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, read_plan, verify
@@ -77,10 +86,11 @@ def quantize(
         notes.append("vLLM has no dynamic per-tensor activations: this checkpoint is for this package and transformers.")
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
 
-    with Workspace(output, recipe, {"modified": decoder.checkpoint.modified()}) as work:
+    with Workspace(output, recipe, environment(decoder)) as work:
         if not work.complete:
-            check_space(decoder, work, chosen, calibration)
             samples = read_samples(decoder, calibration) if needs_runs else None
+            work.check_samples(samples.batches if samples else [])
+            check_space(decoder, work, chosen, samples)
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             quantize_blocks(decoder, work, chosen, smooth, strength, calibration, samples)
             tokens = samples.tokens if samples and calibration.text else 0
@@ -112,7 +122,7 @@ def quantize_blocks(
 ) -> None:
     """Every block that is not done yet, one in memory at a time."""
     pairs = list(active_pairs(decoder.family, decoder.config, smooth))
-    given = read_statistics(calibration.statistics, decoder) if calibration.statistics else None
+    given = read_statistics(Path(calibration.statistics), decoder) if calibration.statistics else None
     stream = open_stream(decoder, work, samples)
     with steps("block", len(decoder), work.blocks_done) as progress:
         for index in range(work.blocks_done, len(decoder)):
@@ -144,7 +154,7 @@ def quantize_one(
         if pairs and alpha is not None and stream is not None:
             reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
             smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
-            error = prove_equivalent(decoder, block, index, stream, reference, halves(progress, 0.5, len(reference)))
+            error = prove_equivalent(decoder, block, index, stream, reference, smoothed, halves(progress, 0.5, len(reference)))
         quantized = quantize_block(decoder, index, block, scheme, maxima)
         write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
     record = record_of(smoothed, quantized, error)
@@ -253,10 +263,12 @@ def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration
     decoder = open_decoder(model, calibration)
     check_calibration(decoder, calibration, needed=True)
     recipe = {"calibrate": True, **describe(decoder, calibration)}
-    with Workspace(output, recipe, {"modified": decoder.checkpoint.modified()}) as work:
+    with Workspace(output, recipe, environment(decoder)) as work:
         if work.complete:
             return output
-        stream = open_stream(decoder, work, read_samples(decoder, calibration))
+        samples = read_samples(decoder, calibration)
+        work.check_samples(samples.batches)
+        stream = open_stream(decoder, work, samples)
         with steps("block", len(decoder), work.blocks_done) as progress:
             for index in range(work.blocks_done, len(decoder)):
                 assert stream is not None

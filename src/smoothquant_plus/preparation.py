@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_al
 from smoothquant_plus.models.sizes import quantized_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.progress import note
-from smoothquant_plus.text import DATASET_PREFIX, Samples, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
+from smoothquant_plus.text import DATASET_PREFIX, Samples, as_texts, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
 from smoothquant_plus.workspace import Workspace
 
 COMPUTE_DTYPES = ("float32", "checkpoint")
@@ -31,12 +32,16 @@ class Calibration:
     """Where activation maxima come from: text, or the file of `statistics` that a tool has published. Neither is needed when nothing is
     smoothed and activations are quantized dynamically."""
 
-    text: Sequence[str] = ()
-    statistics: Path | None = None
+    text: str | Path | Sequence[str | Path] = ()
+    statistics: str | Path | None = None
     samples: int = 128
     seq_len: int = 512
     compute_dtype: str = "float32"
     device: str = "cpu"
+
+    @property
+    def texts(self) -> list[str]:
+        return as_texts(self.text)
 
 
 def open_decoder(model: Path, calibration: Calibration) -> Decoder:
@@ -82,17 +87,18 @@ def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) 
         raise InputError("calibration text is needed: give --text FILE (or --statistics FILE).")
     if calibration.samples < 1 or calibration.seq_len < 2:
         raise InputError(f"--samples {calibration.samples} --seq-len {calibration.seq_len}: at least 1 sample of 2 tokens is needed.")
-    check_texts(calibration.text)
+    check_texts(calibration.texts)
     if calibration.statistics:
-        read_statistics(calibration.statistics, decoder)
+        read_statistics(Path(calibration.statistics), decoder)
     if calibration.text:
         check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
 
 
-def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: Calibration) -> None:
-    """Raises InputError when the disk cannot hold what is still to be written: the output and the hidden states of an interrupted run."""
+def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None) -> None:
+    """Raises InputError when the disk cannot hold what is still to be written: the output, and the hidden states that an interrupted run
+    continues from, those of two blocks for a moment."""
     free = shutil.disk_usage(work.root).free
-    streams = 2 * calibration.samples * calibration.seq_len * decoder.config.hidden_size * 4
+    streams = 2 * samples.tokens * decoder.config.hidden_size * decoder.dtype.itemsize if samples else 0
     written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
     needed = quantized_bytes(decoder, scheme) + streams - written
     if free < needed:
@@ -105,17 +111,24 @@ def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, calibration: 
 def read_samples(decoder: Decoder, calibration: Calibration) -> Samples:
     if calibration.statistics:
         return synthetic_samples(decoder.config.vocab_size)
-    samples = take_samples(calibration.text, load_tokenizer(decoder.checkpoint.directory), calibration.samples, calibration.seq_len)
+    samples = take_samples(calibration.texts, load_tokenizer(decoder.checkpoint.directory), calibration.samples, calibration.seq_len)
     check_ids(torch.cat(samples.batches, dim=1), decoder.config.vocab_size, decoder.checkpoint.directory)
     note(f"calibration: {len(samples.batches)} of the text's {samples.available} samples, {samples.tokens} tokens")
     return samples
 
 
+def environment(decoder: Decoder) -> dict[str, Any]:
+    """What must stay the same while a run is unfinished, besides its recipe: other kernels give other last bits, and a file that was
+    modified is another file."""
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {**versions, "processor": torch.backends.cpu.get_cpu_capability(), "modified": decoder.checkpoint.modified()}
+
+
 def describe(decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
     """The part of a recipe that says what goes in. No path is in it: the same inputs give the same bytes wherever they lie."""
     options = asdict(calibration)
-    options["text"] = [t if t.startswith(DATASET_PREFIX) else [Path(t).name, sha256(Path(t))] for t in calibration.text]
-    options["statistics"] = sha256(calibration.statistics) if calibration.statistics else None
+    options["text"] = [t if t.startswith(DATASET_PREFIX) else [Path(t).name, sha256(Path(t))] for t in calibration.texts]
+    options["statistics"] = sha256(Path(calibration.statistics)) if calibration.statistics else None
     files = [path for name in COMPANIONS if (path := decoder.checkpoint.directory / name).is_file()]
     return {
         "version": __version__,

@@ -29,13 +29,20 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy it from the model's source.")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except ImportError as error:
+        raise InputError(f"the tokenizer in {directory} needs a package that is not installed: {error}") from error
+    except Exception as error:  # the tokenizers library, written in Rust, raises nothing more precise
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"the tokenizer in {directory} brings its own code (auto_map in tokenizer_config.json), which is not run. Use a version of the "
                 "model with a tokenizer.json."
             ) from error
         raise InputError(f"the tokenizer in {directory} cannot be read ({error!r}): copy it again from the model's source.") from error
+
+
+def as_texts(text: str | Path | Sequence[str | Path]) -> list[str]:
+    """One text or several, as they were named."""
+    return [str(text)] if isinstance(text, (str, Path)) else [str(name) for name in text]
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -114,16 +121,21 @@ def _dataset_documents(text: str, tokenizer: Any) -> Iterator[str]:
         yield _document(record, options.get("column", "text"), f"{text}, row {number}", tokenizer)
 
 
+def tokenize(text: str, tokenizer: Any) -> list[int]:
+    """The token ids of one text, with the tokenizer's special tokens; one that a chat template has written already is not added again."""
+    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not begins, verbose=False)["input_ids"])
+
+
 def encode(texts: Sequence[str], tokenizer: Any) -> Tensor:
-    """All documents as one stream of token ids, int64 (tokens,), each ended by the end-of-sequence token where there is one."""
+    """All documents that are not blank as one stream of token ids, int64 (tokens,), each ended by the end-of-sequence token where there is
+    one."""
     ids: list[int] = []
     for document in read_documents(texts, tokenizer):
-        # A chat template writes the beginning-of-sequence token itself; it must not be there twice.
-        begins = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
-        found = tokenizer(document, add_special_tokens=not begins, verbose=False)["input_ids"]
-        ids += found
-        if found and tokenizer.eos_token_id is not None and found[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
+        if document.strip():
+            ids += tokenize(document, tokenizer)
+            if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+                ids.append(tokenizer.eos_token_id)
     if not ids:
         raise InputError(f"the text is empty: {', '.join(texts)}.")
     return torch.tensor(ids)

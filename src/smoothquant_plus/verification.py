@@ -187,8 +187,8 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                 reference = decoder.run_all(block, index, stream, torch.float32)
                 if pairs:
                     maxima = {name: statistics[f"{path}.{name}"] for name in linears(block)}
-                    smooth_block(decoder, index, block, pairs, maxima, plan["alpha"])
-                    error = prove_equivalent(decoder, block, index, stream, reference)
+                    smoothed = smooth_block(decoder, index, block, pairs, maxima, plan["alpha"])
+                    error = prove_equivalent(decoder, block, index, stream, reference, smoothed)
                     report.equivalence_error = max(report.equivalence_error, error)
                 else:
                     maxima = {name: statistics[f"{path}.{name}"] for name in linears(block) if f"{path}.{name}" in statistics}

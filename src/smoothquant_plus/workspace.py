@@ -1,6 +1,8 @@
 """A run that can be killed at any moment and continued: what is done so far, beside the output, until it is complete.
 
+.OUT.partial/lock                  held by the process at work
 .OUT.partial/recipe.json           what was asked for; another recipe is refused
+.OUT.partial/samples.json          the hash of the calibration tokens
 .OUT.partial/output/               what will become OUT by one rename
 .OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
 .OUT.partial/stream-00004.safetensors   the hidden states that go into block 4
@@ -9,6 +11,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +29,7 @@ from smoothquant_plus.files import TEMPORARY_SUFFIX, sync, write_json
 from smoothquant_plus.models.checkpoint import write_shard
 
 RECIPE = "recipe.json"
+LOCK = "lock"
 PLAN = "plan.json"
 
 
@@ -53,10 +57,11 @@ class Workspace:
             raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.root.mkdir(exist_ok=True)
-        self._lock = os.open(self.root, os.O_RDONLY)
+        # A file, open for writing: a network file system locks nothing else.
+        self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.root.exists() or self.root.stat().st_ino != os.fstat(self._lock).st_ino:
+            if not (self.root / LOCK).exists() or (self.root / LOCK).stat().st_ino != os.fstat(self._lock).st_ino:
                 raise BlockingIOError  # another process finished, and removed it, between the last lines
             self._check_output()
             if self.complete:
@@ -92,7 +97,11 @@ class Workspace:
         path = self.root / RECIPE
         asked = {**self.recipe, **self.stamps}
         if not path.is_file():
-            write_json(path, asked)  # the first file of a run: nothing has been done yet
+            # The first file of a run: nothing has been done yet. What else lies here is left from a directory that was being removed.
+            for leftover in self.root.iterdir():
+                if leftover.name != LOCK:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            write_json(path, asked)
             return
         earlier = json.loads(path.read_text())
         differs = list(differences(earlier, asked))
@@ -101,6 +110,15 @@ class Workspace:
                 f"{self.root} holds an unfinished run with other options or inputs: {'; '.join(differs)}. Run the original command to continue "
                 "it, or remove that directory to start over."
             )
+
+    def check_samples(self, batches: list[Tensor]) -> None:
+        """Raises InputError when an unfinished run was calibrated on other token ids (a data set that changed)."""
+        digest = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()
+        path = self.root / "samples.json"
+        if not path.is_file():
+            write_json(path, digest)
+        elif json.loads(path.read_text()) != digest:
+            raise InputError(f"{self.root} holds an unfinished run on other calibration text: remove that directory to start over.")
 
     @property
     def blocks_done(self) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import families
+from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.perplexity import evaluate, perplexity
 from smoothquant_plus.runtime.load import load
 
@@ -47,3 +48,10 @@ def test_evaluate_reads_a_directory(tiny: Callable[..., Path], tmp_path: Path) -
     (tmp_path / "text.txt").write_text(families.TEXT[:100])
     result = evaluate(tiny("opt"), [str(tmp_path / "text.txt")], seq_len=32, dtype=torch.float32)
     assert result.tokens == 100  # the document's end is predicted too
+
+
+def test_logits_that_are_not_numbers_are_an_error(tiny: Callable[..., Path]) -> None:
+    model = load(tiny("llama"), dtype=torch.float32)
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"the loss is nan.*--dtype float32"):
+        perplexity(model, IDS, seq_len=16, stride=16)

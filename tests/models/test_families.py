@@ -166,7 +166,7 @@ def test_relu_lets_a_factor_through_and_gelu_does_not() -> None:
 
 
 def test_published_alphas() -> None:
-    big = type("Config", (), {"hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 32000})
+    big = type("Config", (), {"hidden_size": 8192, "num_hidden_layers": 80, "num_key_value_heads": 8, "vocab_size": 32000})
     assert published_alpha(FAMILIES["llama"], big) == 0.9
     assert published_alpha(FAMILIES["llama"], families.TINY["llama"]) == 0.85
     assert published_alpha(FAMILIES["opt"], families.TINY["opt"]) == 0.5

@@ -91,7 +91,9 @@ def test_it_is_close_to_the_float_product(backend: str, activations: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ops_pass_opcheck_and_compile_whole(backend: str) -> None:
+def test_ops_pass_opcheck_and_compile_whole(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # opcheck takes plain tensors, and a weight that oneDNN has repacked is none.
+    monkeypatch.setattr(torch_int8, "cpu_method", lambda: "int_mm")
     scheme = find_scheme("w8a8")
     linear = layer(scheme, backend, 16, 32, True)
     x = torch.randn(3, 32)
@@ -99,8 +101,14 @@ def test_ops_pass_opcheck_and_compile_whole(backend: str) -> None:
     torch.testing.assert_close(compiled(x), linear(x))
     op = getattr(torch.ops.smoothquant_plus, f"{backend}_w8a8").default
     weight, scale = linear.prepared
-    if weight.layout == torch.strided:
-        torch.library.opcheck(op, (x, weight, scale, True, None, linear.bias))
+    torch.library.opcheck(op, (x, weight, scale, True, None, linear.bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repacked_weights_compile_whole(backend: str) -> None:
+    linear = layer(find_scheme("w8a8"), backend, 16, 32, True)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="eager")(x), linear(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
+from smoothquant_plus.runtime.generate import generate
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.runtime.load import load
 
@@ -69,3 +72,31 @@ def test_a_named_backend_never_falls_back(tiny: Callable[..., Path], quantized: 
         load(quantized, backend="cuda")
     with pytest.raises(InputError, match="is not quantized"):
         load(tiny("llama"), backend="torch")
+
+
+def test_a_head_of_its_own_is_kept_whatever_config_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A fine-tune of a tied model may store a head that differs from the embedding; transformers then unties them, and so must we."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny("llama", torch.float32), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    head = Checkpoint(source).read("lm_head.weight")
+    quantize(source, tmp_path / "out", smooth="none")
+    for directory in (source, tmp_path / "out"):
+        assert torch.equal(load(directory).lm_head.weight, head)
+
+
+def test_generated_text_keeps_the_space_it_begins_with(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers of the Llama-2 kind drop a leading space when they decode."""
+
+    class Tokenizer:
+        bos_token = None
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [1, 2, 3]}
+
+        def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
+            return "".join(f" {int(token)}" for token in ids).lstrip()
+
+    monkeypatch.setattr("smoothquant_plus.runtime.generate.load_tokenizer", lambda _: Tokenizer())
+    assert generate(tiny("llama"), "1 2 3", max_new_tokens=2, dtype=torch.float32).startswith(" ")

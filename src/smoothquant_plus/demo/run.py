@@ -39,7 +39,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 INTRODUCTION = f"""
 A Llama with 5 million parameters, trained on Python's standard library, on text that neither training nor calibration saw. A model this
 small lacks the activation outliers of models from 6.7 billion parameters on, so {CHANNELS} channels of each norm were made {SCALE:g} times larger
-by an exactly equivalent rewrite first: the float16 row is the model after that."""
+by an exactly equivalent rewrite first: the float16 row is the model after that. Its layers are so small that tokens/s shows what a
+call costs, not what the arithmetic does."""
 
 CLOSING = """
 The same on a model of your own (a directory with safetensors) and text of its domain:

@@ -15,7 +15,9 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.blocks import check_positions, load_config
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.load import load
-from smoothquant_plus.text import check_ids, check_texts, encode, load_tokenizer
+from smoothquant_plus.text import as_texts, check_ids, check_texts, encode, load_tokenizer
+
+LARGEST_LOSS = 700.0  # its exponential is still a number
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Perplexity:
 
 def evaluate(
     model: str | Path,
-    text: Sequence[str],
+    text: str | Path | Sequence[str | Path],
     *,
     seq_len: int = 512,
     stride: int | None = None,
@@ -44,15 +46,16 @@ def evaluate(
     stride = seq_len if stride is None else stride
     if seq_len < 1 or not 1 <= stride <= seq_len:
         raise InputError(f"--seq-len {seq_len} --stride {stride}: the stride must be between 1 and the sequence length.")
-    check_texts(text)
-    if not text:
+    texts = as_texts(text)
+    check_texts(texts)
+    if not texts:
         raise InputError("text to evaluate on is needed: give --text FILE.")
     config = load_config(Path(model))
     check_positions(config, seq_len, f"--seq-len {seq_len}")
-    ids = encode(text, load_tokenizer(Path(model)))
+    ids = encode(texts, load_tokenizer(Path(model)))
     check_ids(ids, config.vocab_size, Path(model))
     if len(ids) < 2:
-        raise InputError(f"the text is too short: {', '.join(text)} has {len(ids)} token, and at least 2 are needed.")
+        raise InputError(f"the text is too short: {', '.join(texts)} has {len(ids)} token, and at least 2 are needed.")
     return perplexity(load(model, device=device, dtype=dtype, backend=backend), ids, seq_len, stride)
 
 
@@ -78,4 +81,6 @@ def perplexity(model: Any, ids: Tensor, seq_len: int, stride: int) -> Perplexity
                 predicted = end
             progress.step()
     loss = total / (predicted - 1)
-    return Perplexity(math.exp(min(loss, 700.0)), loss, predicted - 1)
+    if not loss < LARGEST_LOSS:  # NaN too
+        raise InputError(f"the loss is {loss}: the model's logits are not usable in {model.dtype}; use --dtype float32.")
+    return Perplexity(math.exp(loss), loss, predicted - 1)

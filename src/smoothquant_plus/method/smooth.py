@@ -37,8 +37,9 @@ def factors(activation_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> T
     if not (torch.isfinite(activation_maxima).all() and torch.isfinite(weight_maxima).all()):
         raise ValueError("maxima that are NaN or infinite")
     dead = (activation_maxima <= 0) | (weight_maxima <= 0)
-    s = activation_maxima.pow(alpha) / weight_maxima.pow(1 - alpha)
-    return torch.where(dead, torch.ones_like(s), s).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+    # In float64, rounded once: float32 powers differ in their last bit between instruction sets, and `verify` repeats them elsewhere.
+    s = activation_maxima.double().pow(alpha) / weight_maxima.double().pow(1 - alpha)
+    return torch.where(dead, torch.ones_like(s), s).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR).float()
 
 
 def weight_maxima(weights: Sequence[Tensor]) -> Tensor:

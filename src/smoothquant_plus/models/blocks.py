@@ -121,7 +121,7 @@ class Decoder:
     @property
     def head_names(self) -> set[str]:
         """Names in the checkpoint of the output head's own tensors: none when it is tied to the input embedding and not stored."""
-        head = _head_path(self.model)
+        head = head_path(self.model)
         return {disk for name, disk in self._names.items() if head is not None and name.startswith(f"{head}.")}
 
     def disk_name(self, name: str) -> str:
@@ -157,7 +157,7 @@ class Decoder:
         return self.checkpoint.read(self.disk_name(name)).to(self.device, dtype)
 
     @torch.no_grad()
-    def embed(self, batches: list[Tensor], progress: Callable[[int], None] = lambda done: None) -> Stream:
+    def embed(self, batches: list[Tensor]) -> Stream:
         """Run token ids, per batch (samples, tokens), up to the first block: the hidden states there and every block's arguments.
 
         Only the modules on the way (embeddings, positions) are read, and released again.
@@ -202,13 +202,12 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             block.forward = catch(index)
         try:
-            for done, batch in enumerate(batches):
+            for batch in batches:
                 calls = []
                 try:
                     self.model(input_ids=batch.to(self.device), use_cache=False)
                 except _StopForward:
                     stream.calls.append(calls)
-                progress(done + 1)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -250,9 +249,8 @@ class Decoder:
                 hook.remove()
         for name, channels in maxima.items():
             if not bool(torch.isfinite(channels.maxima).all()):
-                raise InputError(
-                    f"the input of {self.path(index)}.{name} is not finite on the calibration text in {self.dtype}: use --compute-dtype float32."
-                )
+                advice = "the model itself overflows" if self.dtype == torch.float32 else "use --compute-dtype float32"
+                raise InputError(f"the input of {self.path(index)}.{name} is not finite on the calibration text in {self.dtype}: {advice}.")
         return maxima, outputs
 
 
@@ -310,7 +308,7 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict
     Raises InputError for a tensor that is not in the checkpoint, has another shape, or is integers that nothing explains. Only headers are
     read for that.
     """
-    tied = f"{_head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
+    tied = f"{head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
     names: dict[str, str] = {}
     missing = []
     for name, tensor in model.state_dict().items():
@@ -342,7 +340,8 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
         )
 
 
-def _head_path(model: Any) -> str | None:
+def head_path(model: Any) -> str | None:
+    """The module path of the output head, such as 'lm_head'."""
     head = model.get_output_embeddings()
     return next((path for path, module in model.named_modules() if module is head), None)
 

@@ -245,6 +245,8 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
     declared = config.get("quantization_config")
     if declared is None:
         return None
+    if not isinstance(declared, dict):
+        raise InputError(f"{where / CONFIG} has a quantization_config that is not a JSON object.")
     groups = declared.get("config_groups") or {}
     if declared.get("quant_method") != "compressed-tensors" or declared.get("format") != "int-quantized" or len(groups) != 1:
         raise InputError(
@@ -252,6 +254,10 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
             f"{declared.get('format')!r}): only compressed-tensors checkpoints in format 'int-quantized' with one group can."
         )
     (group,) = groups.values()
+    if group.get("targets") != ["Linear"] or any(name.startswith("re:") for name in declared.get("ignore") or ()):
+        raise InputError(f"{where / CONFIG} quantizes some linear layers of a block and leaves others, which cannot be run here.")
+    if declared.get("kv_cache_scheme"):
+        raise InputError(f"{where / CONFIG} declares a quantized KV cache, which cannot be run here.")
 
     def quant(arguments: Mapping[str, Any] | None) -> Quant:
         keys = {"bits": "num_bits", "strategy": "strategy", "symmetric": "symmetric", "dynamic": "dynamic"}

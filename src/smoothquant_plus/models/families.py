@@ -76,7 +76,9 @@ FAMILIES: dict[str, Family] = {
         blocks="model.layers",
         pairs=LLAMA_PAIRS,
         alpha=0.85,
-        alpha_of_sizes=(({"hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 32000}, 0.9),),  # Llama-2-70B
+        alpha_of_sizes=(
+            ({"hidden_size": 8192, "num_hidden_layers": 80, "num_key_value_heads": 8, "vocab_size": 32000}, 0.9),
+        ),  # Llama-2-70B
     ),
     "mistral": Family(model_types=("mistral",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=0.8),
     "opt": Family(

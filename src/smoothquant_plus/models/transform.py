@@ -157,9 +157,10 @@ def prove_equivalent(
     index: int,
     stream: Stream,
     reference: list[Tensor],
+    smoothed: Iterable[SmoothedPair],
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Run the smoothed `block` in float32 over the stream and compare with the original's outputs `reference`, also in float32: the largest
+    """Run the `smoothed` block in float32 over the stream and compare with the original's outputs `reference`, also in float32: the largest
     relative error over all tokens.
 
     Raises VerificationError above the tolerance.
@@ -170,8 +171,8 @@ def prove_equivalent(
         errors.append(relative_error(before, after, stream.hidden[batch]))
         progress(batch + 1)
     error = torch.tensor(errors).amax().item()  # of a NaN too, which max() would lose
-    # Biases divided by s are rounded to the dtype they are stored in; nothing else is (method/smooth.py).
-    biases = [name for name in block.state_dict() if name.endswith("bias")]
+    # The sources' biases, divided by s, are rounded to the dtype they are stored in; nothing else is (method/smooth.py).
+    biases = [f"{pair.source}.bias" for pair in smoothed if f"{pair.source}.bias" in block.state_dict()]
     rounding = [torch.finfo(decoder.stored_dtype(f"{decoder.path(index)}.{name}")).eps for name in biases]
     tolerance = max(EQUIVALENCE_TOLERANCE, *(4 * eps for eps in rounding), 0.0)
     if not error <= tolerance:

@@ -9,7 +9,7 @@ import torch
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.blocks import check_positions, load_config
 from smoothquant_plus.runtime.load import load
-from smoothquant_plus.text import check_ids, load_tokenizer
+from smoothquant_plus.text import check_ids, load_tokenizer, tokenize
 
 
 @torch.inference_mode()
@@ -25,13 +25,14 @@ def generate(
     """What the model in `directory`, quantized or not, continues `prompt` with. Raises InputError as `load` does, and for an empty prompt."""
     config = load_config(Path(directory))
     tokenizer = load_tokenizer(Path(directory))
-    inputs = tokenizer(prompt, return_tensors="pt")
-    tokens = inputs["input_ids"].numel()
-    if tokens == 0:
+    ids = tokenize(prompt, tokenizer)
+    if not ids:
         raise InputError("the prompt is empty: give --prompt TEXT.")
-    check_ids(inputs["input_ids"], config.vocab_size, Path(directory))
-    check_positions(config, tokens + max_new_tokens, f"--max-new-tokens {max_new_tokens} after the prompt's {tokens} tokens")
+    check_ids(torch.tensor(ids), config.vocab_size, Path(directory))
+    check_positions(config, len(ids) + max_new_tokens, f"--max-new-tokens {max_new_tokens} after the prompt's {len(ids)} tokens")
     model = load(directory, device=device, dtype=dtype, backend=backend)
-    inputs = inputs.to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    inputs = torch.tensor([ids], device=model.device)
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False)[0]
+    # Decoded with the prompt: by themselves many tokenizers drop the space that the first new token begins with.
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (output[: len(ids)], output))
+    return str(whole[len(before) :])

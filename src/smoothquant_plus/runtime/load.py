@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import assign, build_skeleton, check_device, disk_names, linears, load_config
+from smoothquant_plus.models.blocks import assign, build_skeleton, check_device, disk_names, head_path, linears, load_config
 from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout, read_scheme
 from smoothquant_plus.models.families import find_family
 from smoothquant_plus.progress import steps
@@ -57,6 +57,9 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
             assign(model, name, checkpoint.read(disk).to(device=device, dtype=dtype))
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head_path(model) in {name.rpartition(".")[0] for name in names} and not torch.equal(head.weight, table.weight):
+        model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
     return model.eval()
 
