@@ -1,6 +1,6 @@
 """What numbers become: a quantization scheme is pure data.
 
-Adding a scheme is one row in `SCHEMES` (docs/add-a-scheme.md).
+docs/add-a-scheme.md says what else a new kind of number touches.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def largest_block(model: Any, family: Family) -> int:
 
 def quantizing_bytes(model: Any, family: Family, samples: int, seq_len: int) -> int:
     """Peak memory to quantize, estimated: the float32 block, its largest tensors once more while they are folded and quantized, two streams
-    of hidden states, the largest table outside the blocks twice (mapped and copied), and Python with its libraries."""
+    of hidden states, the largest table outside the blocks twice (read, and being written), and Python with its libraries."""
     block = largest_block(model, family) * 4
     largest = max(p.numel() for p in model.get_submodule(family.blocks).parameters()) * 4
     inside = {id(p) for p in model.get_submodule(family.blocks).parameters()}
