@@ -21,6 +21,8 @@ from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint, read_config
 from smoothquant_plus.models.families import Family, active_pairs, find_family
 
+M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+
 # What transformers raises for bad values in config.json: each family finds them in its own way, if only by dividing by them.
 BAD_CONFIG = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError),
@@ -91,6 +93,7 @@ class Decoder:
     """The model in `checkpoint` as a stream of blocks. `dtype` is what blocks compute in, `device` where they do."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        give_memory_back()
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
@@ -140,7 +143,6 @@ class Decoder:
     def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights in memory, in `dtype` (default: the compute dtype); released on leaving."""
         block = self.blocks[index]
-        trim()  # before and not after: by now what was made of the last block is gone too
         try:
             self.materialize(index, dtype or self.dtype)
             yield block
@@ -346,15 +348,16 @@ def head_path(model: Any) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def trim() -> None:
-    """Give the system back what tensors were in that are gone.
+def give_memory_back() -> None:
+    """Let the memory of a tensor go back to the system as soon as the tensor is gone, for the rest of this process.
 
-    glibc keeps memory of up to 32 MB a piece for later, and often cannot use it for the next block's tensors: aligned as torch asks for
-    them, they do not fit where one of the same size was. Without this a process grows with every block, a 3B model's by about 35 MB.
+    Otherwise glibc keeps what tensors of up to 32 MB were in, and often cannot use it again: aligned as torch asks for them, they do not
+    fit where one of the same size was. A process then grows with every block, a 3B model's by 35 MB; trimming after each block slows that
+    down and does not end it.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # in glibc alone
-    if malloc_trim is not None:
-        malloc_trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # in glibc alone
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
