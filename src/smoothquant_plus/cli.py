@@ -96,26 +96,40 @@ def parse_dtype(name: str | None) -> Any:
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the quantized checkpoint.", show_default=False)],
-    scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8.")] = "w8a8",
+    scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8 or w4a16.")] = "w8a8",
     activations: Annotated[
-        str | None, typer.Option(help="token (per-token dynamic, the default), tensor (per-tensor dynamic) or static (per-tensor).")
+        str | None, typer.Option(help="w8a8: token (per-token dynamic, the default), tensor (per-tensor dynamic) or static (per-tensor).")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="channel (a scale per output channel, the default) or tensor.")] = None,
+    weights: Annotated[str | None, typer.Option(help="w8a8: channel (a scale per output channel, the default) or tensor.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="w4a16: input channels that share a scale: 128 (the default), 64 or 32.")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="w4a16: no zero points.")] = False,
     smooth: Annotated[
         str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")
     ] = "norms",
-    alpha: Annotated[str, typer.Option(help="Smoothing strength 0..1, or default: the family's published value.")] = "default",
+    alpha: Annotated[
+        str,
+        typer.Option(
+            help="Smoothing strength 0..1; default: the family's published value; model: searched by the loss of the whole quantized model; "
+            "block: searched for each block."
+        ),
+    ] = "default",
     text: Text = None,
     statistics: Annotated[Path | None, typer.Option(help="Published activation maxima (.safetensors or .pt), instead of --text.")] = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     compute_dtype: ComputeDtype = "float32",
     device: Device = "cpu",
+    samples_search: Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs.")] = 16,
+    search_memory: Annotated[
+        float | None,
+        typer.Option(help="GB of memory for a search's hidden states, the rest goes to files; default: a quarter of what is free."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Smooth and quantize MODEL into the new checkpoint OUT. Killed at any moment, the same command continues."""
     from smoothquant_plus.pipeline import quantize as run
     from smoothquant_plus.preparation import Calibration
+    from smoothquant_plus.search import Search
 
     calibration = Calibration(tuple(text or ()), statistics, samples, seq_len, compute_dtype, device)
     result = run(
@@ -124,9 +138,12 @@ def quantize(
         scheme=scheme,
         activations=activations,
         weights=weights,
+        group_size=group_size,
+        symmetric=symmetric,
         smooth=smooth,
         alpha=alpha,
         calibration=calibration,
+        search=Search(samples_search, None if search_memory is None else int(search_memory * 1e9)),
     )
 
     def human() -> None:

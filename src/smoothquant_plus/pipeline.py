@@ -23,6 +23,8 @@ from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, blo
 from smoothquant_plus.preparation import (
     Calibration,
     check_calibration,
+    check_groups,
+    check_search,
     check_space,
     choose_alpha,
     describe,
@@ -31,11 +33,16 @@ from smoothquant_plus.preparation import (
     read_samples,
 )
 from smoothquant_plus.progress import Steps, note, peak_rss_mb, steps
+from smoothquant_plus.search import FULL, Search, search_block, search_model
 from smoothquant_plus.text import Samples
-from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, read_plan, verify
-from smoothquant_plus.workspace import PLAN, Workspace
+from smoothquant_plus.verification import MANIFEST, SMOOTHING, STATISTICS, manifest, read_plan, verify
+from smoothquant_plus.workspace import PLAN, Journal, Workspace
 
 NO_TEXT = Calibration()
+QUANTIZED = "quantized"  # the stream that runs through quantized blocks
+
+# What a finished block keeps, by the beginning of the names: its inputs' maxima and its smoothing factors.
+MAXIMA, FACTORS = "maxima/", "factors/"
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Result:
 
     output: str
     scheme: str
-    alpha: float | None
+    alpha: float | str | None
     blocks: int
     bytes_before: int
     bytes_after: int
@@ -62,39 +69,54 @@ def quantize(
     scheme: str = "w8a8",
     activations: str | None = None,
     weights: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
     smooth: str = "norms",
     alpha: str | float = "default",
     calibration: Calibration = NO_TEXT,
+    search: Search = Search(),  # noqa: B008 (frozen)
 ) -> Result:
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
-    `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or 'tensor', where not the scheme's own; `smooth`
-    is 'none', 'norms' or 'all'; `alpha` is 'default', the family's published value, or a number in 0..1. Killed at any moment, the same
-    call continues where it was and gives the same bytes.
+    `scheme` is 'w8a8' or 'w4a16'. For w8a8 `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or
+    'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `smooth` is 'none', 'norms' or 'all'. `alpha`
+    is 'default', the family's published value; a number in 0..1; 'model', searched by the loss of the whole quantized model
+    (SmoothQuant+); or 'block', searched for each block by itself. Killed at any moment, the same call continues where it was and gives
+    the same bytes.
     Raises InputError for input that cannot be used, VerificationError when smoothing turned out to change the function.
     """
     start = time.monotonic()
     model, output = Path(model), Path(output)
-    chosen = find_scheme(scheme, activations, weights)
+    chosen = find_scheme(scheme, activations, weights, group_size, symmetric)
     decoder = open_decoder(model, calibration)
+    check_groups(decoder, chosen)
     notes: list[str] = []
     strength = choose_alpha(decoder, smooth, alpha, notes)
-    needs_maxima = smooth != "none" or not chosen.inputs.dynamic
+    needs_maxima = smooth != "none" or chosen.static
     needs_runs = smooth != "none" or (needs_maxima and calibration.statistics is None)
     check_calibration(decoder, calibration, needs_maxima)
-    if chosen.inputs.dynamic and chosen.inputs.strategy == "tensor":
+    if chosen.inputs is not None and chosen.inputs.dynamic and chosen.inputs.strategy == "tensor":
         notes.append("vLLM has no dynamic per-tensor activations: this checkpoint is for this package and transformers.")
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
+    if isinstance(strength, str):
+        check_search(calibration, search, strength)
+        recipe["samples_search"] = search.samples
 
     with Workspace(output, recipe, environment(decoder)) as work:
         if not work.complete:
             samples = read_samples(decoder, calibration) if needs_runs else None
             work.check_samples(samples.batches if samples else [])
-            check_space(decoder, work, chosen, samples)
+            check_space(decoder, work, chosen, samples, search if strength == "model" else None)
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
-            quantize_blocks(decoder, work, chosen, smooth, strength, calibration, samples)
-            tokens = samples.tokens if samples and calibration.text else 0
-            finish(decoder, work, chosen, recipe, {"alpha": strength, "tokens": tokens, "notes": notes})
+            facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
+            pairs = list(active_pairs(decoder.family, decoder.config, smooth))
+            if strength == "model":
+                assert samples is not None
+                found = search_model(decoder, work, chosen, pairs, samples, search)
+                facts["search"], strength = found, found["alpha"]
+                notes.append(search_note(found))
+            quantize_blocks(decoder, work, chosen, pairs, strength, calibration, samples, search)
+            finish(decoder, work, chosen, recipe, {"alpha": strength, **facts})
             verify(work.directory)
             work.publish(work.directory)
 
@@ -104,7 +126,7 @@ def quantize(
     return Result(
         output=str(output),
         scheme=chosen.name,
-        alpha=strength,
+        alpha=plan["alpha"],
         blocks=len(decoder),
         bytes_before=decoder.checkpoint.nbytes,
         bytes_after=Checkpoint(output).nbytes,
@@ -118,17 +140,25 @@ def quantize(
 
 @torch.no_grad()
 def quantize_blocks(
-    decoder: Decoder, work: Workspace, scheme: Scheme, smooth: str, alpha: float | None, calibration: Calibration, samples: Samples | None
+    decoder: Decoder,
+    work: Workspace,
+    scheme: Scheme,
+    pairs: Sequence[Pair],
+    alpha: float | str | None,
+    calibration: Calibration,
+    samples: Samples | None,
+    search: Search,
 ) -> None:
     """Every block that is not done yet, one in memory at a time."""
-    pairs = list(active_pairs(decoder.family, decoder.config, smooth))
     given = read_statistics(Path(calibration.statistics), decoder) if calibration.statistics else None
-    stream = open_stream(decoder, work, samples)
-    with steps("block", len(decoder), work.blocks_done) as progress:
-        for index in range(work.blocks_done, len(decoder)):
-            record = quantize_one(decoder, work, index, scheme, pairs, alpha, stream, given, progress)
-            if stream is not None:
-                stream.hidden = work.stream()
+    stream = open_stream(decoder, work.blocks, samples)
+    quantized = open_quantized_stream(work.blocks, stream, search) if alpha == "block" and stream is not None else None
+    with steps("block", len(decoder), work.blocks.done) as progress:
+        for index in range(work.blocks.done, len(decoder)):
+            record = quantize_one(decoder, work, index, scheme, pairs, alpha, stream, quantized, given, progress)
+            for name, states in ((FULL, stream), (QUANTIZED, quantized)):
+                if states is not None:
+                    states.hidden = work.blocks.stream(name)
             progress.step(f"equivalence error {record['equivalence_error']:.1e}" if record["pairs"] else "")
 
 
@@ -138,41 +168,69 @@ def quantize_one(
     index: int,
     scheme: Scheme,
     pairs: Sequence[Pair],
-    alpha: float | None,
+    alpha: float | str | None,
     stream: Stream | None,
+    quantized_stream: Stream | None,
     given: dict[str, Tensor] | None,
     progress: Steps,
 ) -> dict[str, Any]:
     """Block `index` from the model's weights to its shard: what plan.json says of it. All else that was made of it is on disk alone
     afterwards: its weights as integers, the maxima of its inputs, and the original block's outputs."""
-    error, smoothed = 0.0, []
+    error, smoothed, found = 0.0, [], None
     with decoder.block(index) as block:
         maxima, outputs = measure(decoder, block, index, stream, given, progress)
-        statistics = {f"{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
+        kept = {f"{MAXIMA}{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
         if decoder.dtype != torch.float32:
             decoder.materialize(index, torch.float32)  # from the disk again: a tensor may be stored in more bits than were computed in
         if pairs and alpha is not None and stream is not None:
             reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
-            smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
-            error = prove_equivalent(decoder, block, index, stream, reference, smoothed, halves(progress, 0.5, len(reference)))
+            if quantized_stream is not None:
+                alpha, found, after = search_block(decoder, block, index, scheme, pairs, maxima, quantized_stream, progress.part)
+                work.blocks.keep_stream(index + 1, QUANTIZED, after)
+                del after
+            if alpha is not None:
+                smoothed = smooth_block(decoder, index, block, pairs, maxima, float(alpha))
+                error = prove_equivalent(decoder, block, index, stream, reference, smoothed, halves(progress, 0.5, len(reference)))
         quantized = quantize_block(decoder, index, block, scheme, maxima)
         write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
-    record = record_of(smoothed, quantized, error)
-    work.finish_block(index, record, statistics, outputs)
+    record = record_of(smoothed, quantized, error, alpha)
+    if found is not None:
+        record["search"] = found
+    if stream is not None:
+        work.blocks.keep_stream(index + 1, FULL, outputs)
+    kept |= {f"{FACTORS}{decoder.path(index)}.{pair.source}": pair.s for pair in smoothed}
+    work.blocks.finish(index, record, kept)
     return record
 
 
-def open_stream(decoder: Decoder, work: Workspace, samples: Samples | None) -> Stream | None:
+def search_note(found: dict[str, Any]) -> str:
+    """What the search over the whole model found, in a sentence."""
+    losses = {candidate["alpha"]: candidate["mse"] for candidate in found["candidates"] if "mse" in candidate}
+    unsmoothed = found["unsmoothed"]["mse"]
+    if found["alpha"] is None:
+        return f"smoothing does not help this model: the smallest loss is {min(losses.values()):.4g}, without smoothing {unsmoothed:.4g}."
+    return f"alpha {found['alpha']:g} has the smallest loss of the whole model: {losses[found['alpha']]:.4g}, without smoothing {unsmoothed:.4g}."
+
+
+def open_stream(decoder: Decoder, journal: Journal, samples: Samples | None) -> Stream | None:
     """The hidden states that go into the first block that is not done, with every block's arguments; None when nothing has to be run."""
-    if samples is None or work.blocks_done == len(decoder):
+    if samples is None or journal.done == len(decoder):
         return None
     stream = decoder.embed(samples.batches)
-    if work.blocks_done:
-        note(f"continuing at block {work.blocks_done + 1} of {len(decoder)}")
+    if journal.done:
+        note(f"continuing at block {journal.done + 1} of {len(decoder)}")
     else:
-        work.keep_stream(0, stream.hidden)
-    stream.hidden = work.stream()
+        journal.keep_stream(0, FULL, stream.hidden)
+    stream.hidden = journal.stream(FULL)
     return stream
+
+
+def open_quantized_stream(journal: Journal, stream: Stream, search: Search) -> Stream:
+    """The same for the stream that runs through quantized blocks, of the batches that are searched on."""
+    chosen = search.choose(stream.hidden)
+    if not journal.done:
+        journal.keep_stream(0, QUANTIZED, [stream.hidden[batch] for batch in chosen])
+    return Stream(journal.stream(QUANTIZED), [stream.calls[batch] for batch in chosen])
 
 
 def measure(
@@ -194,9 +252,12 @@ def halves(progress: Steps, offset: float, batches: int) -> Callable[[int], None
     return lambda done: progress.part(offset + done / batches / 2)
 
 
-def record_of(smoothed: list[SmoothedPair], quantized: dict[str, QuantizedLinear], error: float) -> dict[str, Any]:
+def record_of(
+    smoothed: list[SmoothedPair], quantized: dict[str, QuantizedLinear], error: float, alpha: float | str | None
+) -> dict[str, Any]:
     """What plan.json says of a block."""
     return {
+        "alpha": alpha,
         "equivalence_error": error,
         "pairs": [
             {
@@ -237,8 +298,10 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
     ignore = [name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear) and not decoder.in_blocks(name)]
     write_json(directory / CONFIG, {**config, "quantization_config": quantization_config(scheme, ignore)})
     write_index(directory)
-    write_shard(directory / STATISTICS, work.statistics())
-    blocks = work.records()
+    for kind, file in ((MAXIMA, STATISTICS), (FACTORS, SMOOTHING)):
+        kept = {name.removeprefix(kind): tensor for name, tensor in work.blocks.tensors().items() if name.startswith(kind)}
+        write_shard(directory / file, kept)
+    blocks = work.blocks.records()
     plan = {
         "recipe": recipe,
         "family": decoder.family_name,
@@ -268,17 +331,18 @@ def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration
             return output
         samples = read_samples(decoder, calibration)
         work.check_samples(samples.batches)
-        stream = open_stream(decoder, work, samples)
-        with steps("block", len(decoder), work.blocks_done) as progress:
-            for index in range(work.blocks_done, len(decoder)):
+        stream = open_stream(decoder, work.blocks, samples)
+        with steps("block", len(decoder), work.blocks.done) as progress:
+            for index in range(work.blocks.done, len(decoder)):
                 assert stream is not None
                 with decoder.block(index) as block:
                     maxima, outputs = decoder.measure(block, index, stream, lambda done: progress.part(done / len(stream.hidden)))
                 named = {f"{decoder.path(index)}.{name}": channels.maxima for name, channels in maxima.items()}
-                work.finish_block(index, {}, named, outputs)
+                work.blocks.keep_stream(index + 1, FULL, outputs)
                 del outputs  # on disk now: not a second time in memory while the next block runs
-                stream.hidden = work.stream()
+                work.blocks.finish(index, {}, named)
+                stream.hidden = work.blocks.stream(FULL)
                 progress.step()
-        write_shard(work.directory / output.name, work.statistics(), {"recipe": json.dumps(work.recipe, sort_keys=True)})
+        write_shard(work.directory / output.name, work.blocks.tensors(), {"recipe": json.dumps(work.recipe, sort_keys=True)})
         work.publish(work.directory / output.name)
     return output

@@ -14,17 +14,22 @@ import torch
 from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
-from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, load_config
+from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
+from smoothquant_plus.method.search import GRID
+from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, linears, load_config
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_alpha
 from smoothquant_plus.models.sizes import quantized_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.progress import note
+from smoothquant_plus.search import Search
 from smoothquant_plus.text import DATASET_PREFIX, Samples, as_texts, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
 from smoothquant_plus.workspace import Workspace
 
 COMPUTE_DTYPES = ("float32", "checkpoint")
+
+# What `--alpha` may search by: the loss of the whole quantized model (SmoothQuant+), or each block's own.
+SEARCHES = ("model", "block")
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,14 @@ def open_decoder(model: Path, calibration: Calibration) -> Decoder:
     return Decoder(checkpoint, dtype, device)
 
 
-def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[str]) -> float | None:
-    """The alpha to smooth with; None when nothing is smoothed."""
+def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[str]) -> float | str | None:
+    """The alpha to smooth with, or the search that will find it; None when nothing is smoothed."""
     if smooth not in SMOOTH:
         raise InputError(f"unknown --smooth '{smooth}': choose one of {', '.join(SMOOTH)}.{did_you_mean(smooth, SMOOTH)}")
+    if alpha in SEARCHES:
+        if smooth == "none":
+            raise InputError(f"--alpha {alpha} searches how to smooth, and --smooth none smooths nothing: leave one of them out.")
+        return str(alpha)
     if alpha == "default":
         published = published_alpha(decoder.family, decoder.config)
         if published is None and smooth != "none":
@@ -74,7 +83,10 @@ def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[
         try:
             value = float(alpha)
         except ValueError as error:
-            raise InputError(f"--alpha {alpha}: give 'default' or a number between 0 and 1.") from error
+            raise InputError(
+                f"--alpha {alpha}: give 'default', 'model', 'block' or a number between 0 and 1."
+                f"{did_you_mean(str(alpha), ('default', *SEARCHES))}"
+            ) from error
         if not 0.0 <= value <= 1.0:
             raise InputError(f"--alpha {alpha} is out of range: it must be between 0 and 1.")
     return None if smooth == "none" else value
@@ -94,11 +106,39 @@ def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) 
         check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
 
 
-def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None) -> None:
+def check_search(calibration: Calibration, search: Search, alpha: str) -> None:
+    """Raises InputError for a search without text, and for options that it cannot have."""
+    if not calibration.text:
+        raise InputError(f"--alpha {alpha} measures the loss on calibration text: give --text FILE.")
+    if search.samples < 1:
+        raise InputError(f"--samples-search {search.samples}: at least 1 sample is needed.")
+    if search.memory is not None and search.memory < 0:
+        raise InputError("--search-memory must not be negative.")
+
+
+def check_groups(decoder: Decoder, scheme: Scheme) -> None:
+    """Raises InputError for a layer whose input channels the scheme's group size does not divide."""
+    size = scheme.weights.group_size
+    if size is None:
+        return
+    layers = {f"{decoder.family.blocks}.{name}": linear.in_features for name, linear in linears(decoder.blocks).items()}
+    for name, channels in layers.items():
+        if channels % size:
+            would = [other for other in GROUP_SIZES if all(columns % other == 0 for columns in layers.values())]
+            advice = (
+                f"--group-size {' or '.join(map(str, would))} would do" if would else "no group size fits this model: use --scheme w8a8"
+            )
+            raise InputError(f"groups of {size} do not divide the {channels} input channels of {name}: {advice}.")
+
+
+def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search | None) -> None:
     """Raises InputError when the disk cannot hold what is still to be written: the output, and the hidden states that an interrupted run
-    continues from, those of two blocks for a moment."""
+    continues from, those of two blocks for a moment; with `search`, those of all candidates too."""
     free = shutil.disk_usage(work.root).free
-    streams = 2 * samples.tokens * decoder.config.hidden_size * decoder.dtype.itemsize if samples else 0
+    tokens = 2 * samples.tokens if samples else 0
+    if samples and search:
+        tokens += 2 * (1 + len(GRID)) * sum(samples.batches[batch].numel() for batch in search.choose(samples.batches))
+    streams = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
     needed = quantized_bytes(decoder, scheme) + streams - written
     if free < needed:

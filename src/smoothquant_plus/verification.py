@@ -13,10 +13,9 @@ from torch import Tensor
 
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import sha256
-from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import Decoder, build_skeleton, disk_names, linears, load_config
-from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, linear_layout, read_scheme
+from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
 from smoothquant_plus.models.families import active_pairs, find_family
 from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.progress import steps
@@ -25,6 +24,7 @@ from smoothquant_plus.workspace import PLAN
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
+SMOOTHING = "smoothing.safetensors"
 
 
 @dataclass
@@ -129,18 +129,21 @@ def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None
         for index, (block, record) in enumerate(zip(blocks, plan["blocks"], strict=False)):
             for name, linear in linears(block).items():
                 path = f"{family.blocks}.{index}.{name}"
-                path = next((p for p in family.spellings(path) if f"{p}.weight" in checkpoint.tensors), path)
-                wrong = _check_layout(checkpoint, path, scheme, linear.out_features, linear.in_features)
+                path = next((p for p in family.spellings(path) if f"{p}.weight_scale" in checkpoint.tensors), path)
+                wrong = wrong_layout(checkpoint, path, scheme, linear.out_features, linear.in_features)
                 problems += wrong
                 if not wrong:
-                    weight = QuantizedWeight(checkpoint.read(f"{path}.weight"), checkpoint.read(f"{path}.weight_scale"), scheme.weights)
+                    weight, _ = read_linear(checkpoint, path, scheme, linear.out_features, linear.in_features)
                     if digest_of(weight) != _recorded_digest(record, name):
-                        problems.append(f"the weight of '{path}' in {checkpoint.tensors[f'{path}.weight'].shard} is not the one in {PLAN}")
+                        shard = checkpoint.tensors[f"{path}.weight_scale"].shard
+                        problems.append(f"the weight of '{path}' in {shard} is not the one in {PLAN}")
                 report.linears += 1
             progress.step()
     report.tensors = len(checkpoint.tensors)
     if not problems:
-        disk_names(model, checkpoint, family)  # raises for a tensor that is missing or has another shape, the norms and tables among them
+        disk_names(
+            model, checkpoint, family, scheme
+        )  # raises for a tensor that is missing or has another shape, the norms and tables among them
 
 
 def _recorded_digest(record: Any, name: str) -> Any:
@@ -148,17 +151,6 @@ def _recorded_digest(record: Any, name: str) -> Any:
         return record["linears"][name]["sha256"]
     except (LookupError, TypeError):  # a plan that was edited
         return None
-
-
-def _check_layout(checkpoint: Checkpoint, path: str, scheme: Scheme, rows: int, columns: int) -> list[str]:
-    problems = []
-    for suffix, (dtype, shape) in linear_layout(scheme, rows, columns).items():
-        info = checkpoint.tensors.get(f"{path}.{suffix}")
-        if info is None:
-            problems.append(f"tensor '{path}.{suffix}' is missing")
-        elif (info.dtype, info.shape) != (dtype, shape):
-            problems.append(f"tensor '{path}.{suffix}' is {info.dtype} {info.shape} and must be {dtype} {shape}")
-    return problems
 
 
 @torch.no_grad()
@@ -170,13 +162,14 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     if source.fingerprint() != made_of:
         differs = "config.json" if source.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
         raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
-    if not (directory / STATISTICS).is_file():
-        raise VerificationError(f"{directory / STATISTICS} is missing: without it nothing can be made again.")
+    for name in (STATISTICS, SMOOTHING):
+        if not (directory / name).is_file():
+            raise VerificationError(f"{directory / name} is missing: without it nothing can be made again.")
     decoder = Decoder(source)
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])
     pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))
-    statistics = load_file(directory / STATISTICS)
+    statistics, factors = load_file(directory / STATISTICS), load_file(directory / SMOOTHING)
     stream = decoder.embed(synthetic_samples(decoder.config.vocab_size).batches)
     report.equivalence_error = 0.0
     in_blocks: set[str] = set()
@@ -185,13 +178,17 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
             with decoder.block(index) as block:
                 path = decoder.path(index)
                 reference = decoder.run_all(block, index, stream, torch.float32)
-                if pairs:
-                    maxima = {name: statistics[f"{path}.{name}"] for name in linears(block)}
-                    smoothed = smooth_block(decoder, index, block, pairs, maxima, plan["alpha"])
+                maxima = {name: statistics[f"{path}.{name}"] for name in linears(block) if f"{path}.{name}" in statistics}
+                alpha = plan["blocks"][index]["alpha"]
+                if pairs and alpha is not None:
+                    smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
                     error = prove_equivalent(decoder, block, index, stream, reference, smoothed)
                     report.equivalence_error = max(report.equivalence_error, error)
-                else:
-                    maxima = {name: statistics[f"{path}.{name}"] for name in linears(block) if f"{path}.{name}" in statistics}
+                    for pair in smoothed:
+                        if not torch.equal(factors[f"{path}.{pair.source}"], pair.s):
+                            raise VerificationError(
+                                f"the factors of '{path}.{pair.source}' in {directory / SMOOTHING} are not what {model} gives."
+                            )
                 quantized = quantize_block(decoder, index, block, scheme, maxima)
                 report.weight_error |= {f"{path}.{name}": linear.error for name, linear in quantized.items()}
                 expected = block_tensors(decoder, index, block, quantized)

@@ -4,8 +4,11 @@
 .OUT.partial/recipe.json           what was asked for; another recipe is refused
 .OUT.partial/samples.json          the hash of the calibration tokens
 .OUT.partial/output/               what will become OUT by one rename
+.OUT.partial/search/               the search for alpha over the whole model, a pass of its own, laid out as the next
+.OUT.partial/search.json           what it found
 .OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
-.OUT.partial/stream-00004.safetensors   the hidden states that go into block 4
+.OUT.partial/blocks/00003.safetensors   its statistics
+.OUT.partial/blocks/stream-00004-full.safetensors   the hidden states that go into block 4
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ class Workspace:
         self.recipe = json.loads(json.dumps(recipe))
         self.stamps = json.loads(json.dumps(stamps))
         self.directory = self.root / "output"
+        self.search = Journal(self.root / "search")
+        self.blocks = Journal(self.root / "blocks")
         self.complete = False
 
     def __enter__(self) -> Workspace:
@@ -77,11 +82,12 @@ class Workspace:
         for leftover in self.root.rglob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
         self.directory.mkdir(exist_ok=True)
-        (self.root / "blocks").mkdir(exist_ok=True)
+        self.search.directory.mkdir(exist_ok=True)
+        self.blocks.directory.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, (InputError, VerificationError)) and not self.complete and not self.blocks_done:
+        if isinstance(error, (InputError, VerificationError)) and not self.complete and not self.started:
             self._clear()  # there is nothing to continue, and the next try will have other options or inputs
         os.close(self._lock)
 
@@ -121,39 +127,13 @@ class Workspace:
             raise InputError(f"{self.root} holds an unfinished run on other calibration text: remove that directory to start over.")
 
     @property
-    def blocks_done(self) -> int:
-        """How many blocks are complete; they are done in order."""
-        return len(list((self.root / "blocks").glob("*.json")))
+    def started(self) -> bool:
+        """Whether there is finished work to continue."""
+        return bool(self.blocks.done or self.search.done or self.search_result.is_file())
 
-    def finish_block(self, index: int, record: Mapping[str, Any], statistics: Mapping[str, Tensor], stream: Sequence[Tensor]) -> None:
-        """Block `index` is done and its shard is on disk. Keeps its statistics and the hidden states for the next block (none when nothing
-        is run), then commits by writing the record."""
-        write_shard(self.root / "blocks" / f"{index:05d}.safetensors", statistics)
-        if stream:
-            self.keep_stream(index + 1, stream)
-        write_json(self.root / "blocks" / f"{index:05d}.json", record)
-        self._stream(index).unlink(missing_ok=True)
-
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted((self.root / "blocks").glob("*.json"))]
-
-    def statistics(self) -> dict[str, Tensor]:
-        """What the finished blocks measured, together."""
-        statistics: dict[str, Tensor] = {}
-        for path in sorted((self.root / "blocks").glob("*.safetensors")):
-            statistics |= load_file(path)
-        return statistics
-
-    def keep_stream(self, index: int, stream: Sequence[Tensor]) -> None:
-        """Write the hidden states that go into block `index`, per batch."""
-        write_shard(self._stream(index), {f"{batch:06d}": hidden for batch, hidden in enumerate(stream)})
-
-    def stream(self) -> Sequence[Tensor]:
-        """The hidden states that go into the first block that is not done, per batch: on disk, one in memory at a time."""
-        return StoredTensors(self._stream(self.blocks_done))
-
-    def _stream(self, index: int) -> Path:
-        return self.root / f"stream-{index:05d}.safetensors"
+    @property
+    def search_result(self) -> Path:
+        return self.root / "search.json"
 
     def publish(self, result: Path) -> None:
         """Let `result`, the finished directory or file, appear under the output's name at once, and remove the rest."""
@@ -165,6 +145,51 @@ class Workspace:
 
     def _clear(self) -> None:
         shutil.rmtree(self.root)
+
+
+class Journal:
+    """A pass over the blocks, one after the other, that can be continued: what each finished block left behind, in `directory`.
+
+    Streams of hidden states are kept by name, per batch; there may be many, so they are written one at a time, before the block is
+    finished.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def done(self) -> int:
+        """How many blocks are complete; they are done in order."""
+        return len(list(self.directory.glob("[0-9]*.json")))
+
+    def keep_stream(self, index: int, name: str, stream: Sequence[Tensor]) -> None:
+        """Write the hidden states of stream `name` that go into block `index`."""
+        write_shard(self._stream(index, name), {f"{batch:06d}": hidden for batch, hidden in enumerate(stream)})
+
+    def stream(self, name: str) -> Sequence[Tensor]:
+        """The hidden states of stream `name` that go into the first block that is not done: on disk, one batch in memory at a time."""
+        return StoredTensors(self._stream(self.done, name))
+
+    def finish(self, index: int, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Block `index` is done, and its shard and the streams for the next one are on disk: keep `tensors`, then commit by writing the
+        record."""
+        write_shard(self.directory / f"{index:05d}.safetensors", tensors)
+        write_json(self.directory / f"{index:05d}.json", record)
+        for stream in self.directory.glob(self._stream(index, "*").name):
+            stream.unlink()
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.directory.glob("[0-9]*.json"))]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the finished blocks kept, together."""
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(self.directory.glob("[0-9]*.safetensors")):
+            tensors |= load_file(path)
+        return tensors
+
+    def _stream(self, index: int, name: str) -> Path:
+        return self.directory / f"stream-{index:05d}-{name}.safetensors"
 
 
 class StoredTensors(Sequence[Tensor]):

@@ -5,37 +5,56 @@ docs/add-a-scheme.md says what else a new kind of number touches.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from smoothquant_plus.errors import InputError, did_you_mean
+
+GROUP_SIZES = (128, 64, 32)
 
 
 class Quant(BaseModel):
     """How one operand is turned into integers.
 
     `strategy` says how many numbers share a scale, in the terms of compressed-tensors: `tensor` (all of them), `channel` (an output
-    channel of a weight) or `token` (a row of activations). `dynamic` scales are computed from the values when they are used; the others
-    are stored. Symmetric means that zero maps to zero and no zero point is stored.
+    channel of a weight), `group` (`group_size` neighbours along a weight's input channels) or `token` (a row of activations). `dynamic`
+    scales are computed from the values when they are used; the others are stored. Symmetric means that no zero point is stored; zero is
+    an integer either way.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bits: Literal[8]
-    strategy: Literal["tensor", "channel", "token"]
-    symmetric: Literal[True] = True
+    bits: Literal[4, 8]
+    strategy: Literal["tensor", "channel", "group", "token"]
+    group_size: Literal[128, 64, 32] | None = None
+    symmetric: bool = True
     dynamic: bool = False
+
+    @model_validator(mode="after")
+    def _is_defined(self) -> Quant:
+        """What method/integers.py gives a meaning: 8 bits symmetric, or 4 bits in groups."""
+        if (self.bits == 4) != (self.strategy == "group") or (self.group_size is not None) != (self.strategy == "group"):
+            raise ValueError("4 bits go with strategy 'group' and a group_size, 8 bits with the other strategies")
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("8 bits are symmetric")
+        return self
 
 
 class Scheme(BaseModel):
-    """What the two operands of every linear layer in the decoder blocks become; `lm_head` stays as it is, as in both papers."""
+    """What the two operands of every linear layer in the decoder blocks become (`inputs` None: they stay as they are); `lm_head` is left
+    alone, as in both papers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     weights: Quant
-    inputs: Quant
+    inputs: Quant | None
+
+    @property
+    def static(self) -> bool:
+        """Whether activation scales are calibrated and stored."""
+        return self.inputs is not None and not self.inputs.dynamic
 
 
 ACTIVATIONS: dict[str, Quant] = {
@@ -47,25 +66,44 @@ ACTIVATIONS: dict[str, Quant] = {
 
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme(name="w8a8", weights=Quant(bits=8, strategy="channel"), inputs=ACTIVATIONS["token"]),
+    # SmoothQuant+ (arXiv 2312.03788, Section 3).
+    "w4a16": Scheme(name="w4a16", weights=Quant(bits=4, strategy="group", group_size=128, symmetric=False), inputs=None),
 }
 
 
-def find_scheme(name: str, activations: str | None = None, weights: str | None = None) -> Scheme:
-    """The scheme called `name`; `activations` ('token', 'tensor', 'static') and `weights` ('channel', 'tensor') replace its own
-    granularities where they are given.
+def find_scheme(
+    name: str,
+    activations: str | None = None,
+    weights: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+) -> Scheme:
+    """The scheme called `name`, with its own granularities replaced where others are given: for w8a8 `activations` ('token', 'tensor',
+    'static') and `weights` ('channel', 'tensor'), for w4a16 `group_size` (128, 64, 32) and `symmetric`.
 
-    Raises InputError for a name that is not there.
+    Raises InputError for a name or a value that is not there, and for an option that the scheme does not have.
     """
     scheme = SCHEMES.get(name)
     if scheme is None:
         raise InputError(f"unknown scheme '{name}': choose one of {', '.join(SCHEMES)}.{did_you_mean(name, SCHEMES)}")
+    grouped = scheme.weights.strategy == "group"
+    for option, given, belongs in (
+        ("--activations", activations is not None, scheme.inputs is not None),
+        ("--weights", weights is not None, not grouped),
+        ("--group-size", group_size is not None, grouped),
+        ("--symmetric", symmetric, grouped),
+    ):
+        if given and not belongs:
+            raise InputError(f"{option} does not apply to scheme {name}: leave it out.")
     if activations is not None:
         if activations not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise InputError(f"unknown --activations '{activations}': choose one of {known}.{did_you_mean(activations, ACTIVATIONS)}")
         scheme = scheme.model_copy(update={"inputs": ACTIVATIONS[activations]})
-    if weights is not None:
-        if weights not in ("channel", "tensor"):
-            raise InputError(f"unknown --weights '{weights}': choose channel or tensor.")
-        scheme = scheme.model_copy(update={"weights": scheme.weights.model_copy(update={"strategy": weights})})
-    return scheme
+    if weights is not None and weights not in ("channel", "tensor"):
+        raise InputError(f"unknown --weights '{weights}': choose channel or tensor.")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise InputError(f"--group-size {group_size}: choose {', '.join(map(str, GROUP_SIZES))}.")
+    changes: dict[str, Any] = {"strategy": weights, "group_size": group_size, "symmetric": symmetric or None}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return scheme.model_copy(update={"weights": scheme.weights.model_copy(update=changes)})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint, read_config
 from smoothquant_plus.models.families import Family, active_pairs, find_family
@@ -99,7 +100,7 @@ class Decoder:
         self.device = torch.device(device)
         self.config = load_config(checkpoint.directory)
         self.family_name, self.family = find_family(self.config)
-        self.model = build_skeleton(self.config, dtype)
+        self.model: Any = build_skeleton(self.config, dtype)
         for name, buffer in list(self.model.named_buffers()):
             assign(self.model, name, buffer.to(self.device))
         self.blocks: Any = self.model.get_submodule(self.family.blocks)
@@ -158,11 +159,11 @@ class Decoder:
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
         return self.checkpoint.read(self.disk_name(name)).to(self.device, dtype)
 
-    @torch.no_grad()
-    def embed(self, batches: list[Tensor]) -> Stream:
-        """Run token ids, per batch (samples, tokens), up to the first block: the hidden states there and every block's arguments.
+    @contextmanager
+    def _with_stubs(self, stub: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """Let the model be called with `stub(index, hidden states, other arguments)` in place of its blocks.
 
-        Only the modules on the way (embeddings, positions) are read, and released again.
+        The modules around the blocks are read when they are first called, and released at the end.
         """
         inside = {id(module) for module in self.blocks.modules()}
         outside = {
@@ -178,38 +179,19 @@ class Decoder:
             # Embedding tables stay in their stored dtype: rows are converted when they are looked up.
             dtype = None if isinstance(module, nn.Embedding) else self.dtype
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                assign(module, name, self._read(f"{path}.{name}", dtype))
+                stored = f"{path}.{name}"
+                if stored not in self._names:  # an output head that is tied to the input embedding
+                    stored = f"{path_of(self.model, self.model.get_input_embeddings())}.{name}"
+                assign(module, name, self._read(stored, dtype))
 
         for path, module in outside.items():
             hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))
             if isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_hook(lambda _m, _args, output: output.to(self.dtype)))
-
-        hidden: list[Tensor] = []
-        stream = Stream(hidden)
-        calls: list[Call] = []
-        known: dict[Any, Tensor] = {}
-
-        def catch(index: int) -> Callable[..., Any]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if index == 0:
-                    hidden.append(hidden_states.to("cpu", self.dtype))
-                calls.append(Call(_share(args, known), _share(kwargs, known)))
-                if index == len(self.blocks) - 1:
-                    raise _StopForward
-                return hidden_states
-
-            return forward
-
         for index, block in enumerate(self.blocks):
-            block.forward = catch(index)
+            block.forward = lambda hidden, *args, index=index, **kwargs: stub(index, hidden, Call(args, kwargs))
         try:
-            for batch in batches:
-                calls = []
-                try:
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-                except _StopForward:
-                    stream.calls.append(calls)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -218,7 +200,61 @@ class Decoder:
             for module in loaded:
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     assign(module, name, torch.empty_like(parameter, device="meta"))
+
+    @torch.no_grad()
+    def embed(self, batches: list[Tensor]) -> Stream:
+        """Run token ids, per batch (samples, tokens), up to the first block: the hidden states there and every block's arguments.
+
+        Only the modules on the way (embeddings, positions) are read, and released again.
+        """
+        hidden: list[Tensor] = []
+        stream = Stream(hidden)
+        calls: list[Call] = []
+        known: dict[Any, Tensor] = {}
+
+        def catch(index: int, states: Tensor, call: Call) -> Tensor:
+            if index == 0:
+                hidden.append(states.to("cpu", self.dtype))
+            calls.append(Call(_share(call.args, known), _share(call.kwargs, known)))
+            if index == len(self.blocks) - 1:
+                raise _StopForward
+            return states
+
+        with self._with_stubs(catch):
+            for batch in batches:
+                calls = []
+                try:
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                except _StopForward:
+                    stream.calls.append(calls)
         return stream
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """A function from the last block's output (samples, tokens, hidden) to the final hidden states, which are what the output head
+        reads (behind the last norm), and the logits (samples, tokens, vocabulary), both in the compute dtype.
+
+        The last norm and the head stay in memory until the end.
+        """
+        given: list[Tensor] = []
+        final: list[Tensor] = []
+
+        def replay(index: int, states: Tensor, call: Call) -> Tensor:
+            return given[-1] if index == len(self.blocks) - 1 else states
+
+        @torch.no_grad()
+        def run(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            given[:] = [hidden.to(self.device, self.dtype)]
+            # What goes in at the bottom is replaced at the last block, so that no embedding table has to be read for it.
+            logits = self.model(inputs_embeds=given[-1], use_cache=False).logits
+            return final.pop(), logits
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: final.append(args[0]))
+        try:
+            with self._with_stubs(replay):
+                yield run
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, stream: Stream, batch: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -303,21 +339,26 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
                     )
 
 
-def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme: Scheme | None = None) -> dict[str, str]:
     """{name in the model: name in the checkpoint} for every tensor of the model; an output head that is tied to the input embedding and
-    not stored is left out.
+    not stored is left out. With the `scheme` of a quantized checkpoint, the weights of its linears are named as if they were not packed.
 
     Raises InputError for a tensor that is not in the checkpoint, has another shape, or is integers that nothing explains. Only headers are
     read for that.
     """
     tied = f"{head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
+    packed = set()
+    if scheme is not None and scheme.weights.bits == 4:
+        packed = {f"{family.blocks}.{name}.weight" for name in linears(model.get_submodule(family.blocks))}
     names: dict[str, str] = {}
     missing = []
     for name, tensor in model.state_dict().items():
-        found = next((spelling for spelling in family.spellings(name) if spelling in checkpoint.tensors), None)
+        ending = "_packed" if name in packed else ""
+        found = next((spelling for spelling in family.spellings(name) if spelling + ending in checkpoint.tensors), None)
         if found is not None:
             names[name] = found
-            _check_stored(checkpoint, found, tensor.shape)
+            if not ending:
+                _check_stored(checkpoint, found, tensor.shape)
         elif name != tied:
             missing.append(name)
     if missing:
@@ -344,8 +385,12 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
 
 def head_path(model: Any) -> str | None:
     """The module path of the output head, such as 'lm_head'."""
-    head = model.get_output_embeddings()
-    return next((path for path, module in model.named_modules() if module is head), None)
+    return path_of(model, model.get_output_embeddings())
+
+
+def path_of(model: nn.Module, wanted: Any) -> str | None:
+    """The path of the module `wanted` in the model."""
+    return next((path for path, module in model.named_modules() if module is wanted), None)
 
 
 def give_memory_back() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256, write_atomic, write_json
-from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.integers import INT4_MIN, QuantizedWeight, pack_int4, unpack_int4
 from smoothquant_plus.method.scheme import Quant, Scheme
 
 CONFIG = "config.json"
@@ -202,38 +202,104 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-# What a quantized linear layer is on disk (docs/formats.md): int8 `weight` (N, K), float32 `weight_scale` (N, 1) or (1,), and for static
-# activations float32 `input_scale` (1,). The bias keeps its name and dtype.
+# What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), float32 `weight_scale` (N, 1) or (1,),
+# and for static activations float32 `input_scale` (1,). 4 bits: int32 `weight_packed` (N, K / 8), `weight_scale` (N, K / g) in the dtype
+# of the weight that was quantized, `weight_shape` int64 (2,), and for asymmetric ones int32 `weight_zero_point` (N / 8, K / g), packed
+# along N. The bias keeps its name and dtype.
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def linear_tensors(name: str, weight: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
-    """The tensors that the linear layer `name` is stored as."""
-    tensors = {f"{name}.weight": weight.values, f"{name}.weight_scale": weight.scale}
-    if input_scale is not None:
-        tensors[f"{name}.input_scale"] = input_scale
-    return tensors
+def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
+    """The tensors that a linear layer is stored as, by suffix."""
+    if weight.quant.bits == 4:
+        packed = pack_int4(weight.values).view(torch.int32)
+        tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(weight.values.shape)}
+        if weight.zero_point is not None:
+            channels = torch.nn.functional.pad(weight.zero_point.t(), (0, -len(weight.zero_point) % 8), value=INT4_MIN)
+            tensors["weight_zero_point"] = pack_int4(channels).view(torch.int32).t()
+        return tensors
+    tensors = {"weight": weight.values, "weight_scale": weight.scale}
+    return tensors if input_scale is None else {**tensors, "input_scale": input_scale}
 
 
-def linear_layout(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Suffix, dtype and shape of each tensor of a quantized linear (rows, columns), without its bias."""
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight": (torch.int8, (rows, columns)),
-        "weight_scale": (torch.float32, (rows, 1) if scheme.weights.strategy == "channel" else (1,)),
-    }
-    if not scheme.inputs.dynamic:
-        layout["input_scale"] = (torch.float32, (1,))
-    return layout
+def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype) -> Layout:
+    """Suffix, dtype and shape of each tensor of a quantized linear (rows, columns), without its bias; the scales of 4-bit weights are
+    stored in `scale_dtype`."""
+    layout: Layout
+    if scheme.weights.group_size:
+        groups = columns // scheme.weights.group_size
+        layout = {
+            "weight_packed": (torch.int32, (rows, columns // 8)),
+            "weight_scale": (scale_dtype, (rows, groups)),
+            "weight_shape": (torch.int64, (2,)),
+        }
+        return layout if scheme.weights.symmetric else {**layout, "weight_zero_point": (torch.int32, (-(-rows // 8), groups))}
+    scale = (rows, 1) if scheme.weights.strategy == "channel" else (1,)
+    layout = {"weight": (torch.int8, (rows, columns)), "weight_scale": (torch.float32, scale)}
+    return {**layout, "input_scale": (torch.float32, (1,))} if scheme.static else layout
+
+
+def stored_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> Layout:
+    """`linear_layout` of the linear `name` (rows, columns) in a quantized `checkpoint`, whatever float dtype its scales are in."""
+    found = checkpoint.tensors.get(f"{name}.weight_scale")
+    dtype = found.dtype if found is not None and found.dtype.is_floating_point else torch.float32
+    return linear_layout(scheme, rows, columns, dtype)
+
+
+def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> list[str]:
+    """What is wrong with the dtypes and shapes of the quantized linear `name` (rows, columns) in `checkpoint`, one sentence for each tensor."""
+    problems = []
+    for suffix, (dtype, shape) in stored_layout(checkpoint, name, scheme, rows, columns).items():
+        info = checkpoint.tensors.get(f"{name}.{suffix}")
+        if info is None:
+            problems.append(f"tensor '{name}.{suffix}' is missing")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            problems.append(f"tensor '{name}.{suffix}' is {info.dtype} {info.shape} and must be {dtype} {shape}")
+    return problems
+
+
+def read_linear(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> tuple[QuantizedWeight, Tensor | None]:
+    """The weight of the quantized linear `name` (rows, columns), and its static input scale if it has one.
+
+    Raises InputError when one of its tensors is missing or is not what the scheme says.
+    """
+    problems = wrong_layout(checkpoint, name, scheme, rows, columns)
+    if problems:
+        raise InputError(
+            f"{checkpoint.directory}: {'; '.join(problems)} as its {CONFIG} declares: it is damaged, or half of another checkpoint."
+        )
+    layout = stored_layout(checkpoint, name, scheme, rows, columns)
+    tensors = {suffix: checkpoint.read(f"{name}.{suffix}") for suffix in layout}
+    if scheme.weights.bits == 8:
+        return QuantizedWeight(tensors["weight"], tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
+    if tensors["weight_shape"].tolist() != [rows, columns]:
+        raise InputError(
+            f"{checkpoint.directory}: '{name}.weight_shape' is {tensors['weight_shape'].tolist()}, and the layer is {[rows, columns]}."
+        )
+    zero_point = tensors.get("weight_zero_point")
+    if zero_point is not None:
+        zero_point = unpack_int4(zero_point.t().contiguous().view(torch.uint8))[:, :rows].t().contiguous()
+    values = unpack_int4(tensors["weight_packed"].view(torch.uint8))
+    return QuantizedWeight(values, tensors["weight_scale"], scheme.weights, zero_point), None
+
+
+# What compressed-tensors calls our schemes, and the fields of a Quant.
+FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
+ARGUMENTS = {"bits": "num_bits", "strategy": "strategy", "group_size": "group_size", "symmetric": "symmetric", "dynamic": "dynamic"}
 
 
 def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json: the compressed-tensors package's own schema, filled in."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    def arguments(quant: Quant) -> dict[str, Any]:
-        return {"num_bits": quant.bits, "type": "int", "symmetric": True, "strategy": quant.strategy, "dynamic": quant.dynamic}
+    def arguments(quant: Quant | None) -> dict[str, Any] | None:
+        return None if quant is None else {"type": "int", **{theirs: getattr(quant, ours) for ours, theirs in ARGUMENTS.items()}}
 
     group = {"targets": ["Linear"], "weights": arguments(scheme.weights), "input_activations": arguments(scheme.inputs)}
-    config = QuantizationConfig(config_groups={"group_0": group}, format="int-quantized", quantization_status="compressed", ignore=ignore)
+    config = QuantizationConfig(
+        config_groups={"group_0": group}, format=FORMATS[scheme.name], quantization_status="compressed", ignore=ignore
+    )
     return json.loads(config.model_dump_json(exclude_none=True))
 
 
@@ -248,10 +314,12 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
     if not isinstance(declared, dict):
         raise InputError(f"{where / CONFIG} has a quantization_config that is not a JSON object.")
     groups = declared.get("config_groups") or {}
-    if declared.get("quant_method") != "compressed-tensors" or declared.get("format") != "int-quantized" or len(groups) != 1:
+    name = next((name for name, form in FORMATS.items() if form == declared.get("format")), None)
+    if declared.get("quant_method") != "compressed-tensors" or name is None or len(groups) != 1:
         raise InputError(
             f"{where / CONFIG} declares a quantization that cannot be run here (quant_method {declared.get('quant_method')!r}, format "
-            f"{declared.get('format')!r}): only compressed-tensors checkpoints in format 'int-quantized' with one group can."
+            f"{declared.get('format')!r}): only compressed-tensors checkpoints in format {' or '.join(map(repr, FORMATS.values()))} with one "
+            "group can."
         )
     (group,) = groups.values()
     if group.get("targets") != ["Linear"] or any(name.startswith("re:") for name in declared.get("ignore") or ()):
@@ -260,11 +328,17 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
         raise InputError(f"{where / CONFIG} declares a quantized KV cache, which cannot be run here.")
 
     def quant(arguments: Mapping[str, Any] | None) -> Quant:
-        keys = {"bits": "num_bits", "strategy": "strategy", "symmetric": "symmetric", "dynamic": "dynamic"}
-        return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in keys.items()})
+        if (arguments or {}).get("actorder"):
+            raise ValueError("input channels that are reordered (actorder)")
+        return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in ARGUMENTS.items()})
 
     try:
-        return Scheme(name="w8a8", weights=quant(group["weights"]), inputs=quant(group["input_activations"]))
+        weights = quant(group["weights"])
+        if name == "w4a16":
+            if group.get("input_activations") is not None or weights.bits != 4:
+                raise ValueError("format 'pack-quantized' with other than 4 bits, or with quantized activations")
+            return Scheme(name=name, weights=weights, inputs=None)
+        return Scheme(name=name, weights=weights, inputs=quant(group["input_activations"]))
     except (KeyError, ValueError) as error:
         raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import linear_layout
@@ -17,7 +19,7 @@ def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
     if scheme is not None:
         for block in model.get_submodule(family.blocks).children():
             for linear in linears(block).values():
-                total += linear_bytes(scheme, linear) - linear.weight.numel() * linear.weight.dtype.itemsize
+                total += linear_bytes(scheme, linear, linear.weight.dtype) - linear.weight.numel() * linear.weight.dtype.itemsize
     return total
 
 
@@ -26,14 +28,14 @@ def quantized_bytes(decoder: Decoder, scheme: Scheme) -> int:
     total = decoder.checkpoint.nbytes
     for index, block in enumerate(decoder.blocks):
         for name, linear in linears(block).items():
-            total -= decoder.checkpoint.tensors[decoder.disk_name(f"{decoder.path(index)}.{name}.weight")].nbytes
-            total += linear_bytes(scheme, linear)
+            stored = decoder.checkpoint.tensors[decoder.disk_name(f"{decoder.path(index)}.{name}.weight")]
+            total += linear_bytes(scheme, linear, stored.dtype) - stored.nbytes
     return total
 
 
-def linear_bytes(scheme: Scheme, linear: Any) -> int:
-    """Bytes of a quantized linear layer, without its bias."""
-    layout = linear_layout(scheme, linear.out_features, linear.in_features).values()
+def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype) -> int:
+    """Bytes of a quantized linear layer whose weight was in `dtype`, without its bias."""
+    layout = linear_layout(scheme, linear.out_features, linear.in_features, dtype).values()
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
 
 

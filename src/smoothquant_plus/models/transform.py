@@ -111,14 +111,28 @@ def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Schem
     quantized = {}
     for name, linear in linears(block).items():
         folded = linear.weight.cpu().float()
-        try:
-            weight = quantize_weight(folded, scheme.weights)
-        except ValueError as error:
-            raise InputError(f"{decoder.path(index)}.{name}: {error}.") from error
-        input_scale = None if scheme.inputs.dynamic else scale_of(maxima[name].amax().reshape(1))
+        weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
         quantized[name] = QuantizedLinear(weight, input_scale, weight_error(weight, folded), digest_of(weight))
         assign(linear, "weight", torch.empty_like(folded, device="meta"))
     return quantized
+
+
+def quantize_linear(
+    decoder: Decoder, path: str, folded: Tensor, scheme: Scheme, maxima: Tensor | None
+) -> tuple[QuantizedWeight, Tensor | None]:
+    """The (smoothed) float32 weight `folded` (N, K) of the linear `path` as integers, and its input scale for static activations, which the
+    input's `maxima` (K,) are for.
+
+    Group scales are stored in the dtype of the checkpoint's weight: servers compute in it, and would round them to it.
+    """
+    try:
+        weight = quantize_weight(folded, scheme.weights, decoder.stored_dtype(f"{path}.weight"))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}.") from error
+    if not scheme.static:
+        return weight, None
+    assert maxima is not None  # static activations are always calibrated
+    return weight, scale_of(maxima.amax().reshape(1))
 
 
 def weight_error(weight: QuantizedWeight, folded: Tensor) -> float:
@@ -145,7 +159,7 @@ def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dic
             tensors[disk] = tensor.to("cpu", decoder.checkpoint.tensors[disk].dtype)
     for name, linear in quantized.items():
         disk = decoder.disk_name(f"{path}.{name}.weight").removesuffix(".weight")
-        tensors |= linear_tensors(disk, linear.weight, linear.input_scale)
+        tensors |= {f"{disk}.{suffix}": tensor for suffix, tensor in linear_tensors(linear.weight, linear.input_scale).items()}
     # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
     ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
     return tensors | {name: decoder.checkpoint.read(name) for name in ignored}

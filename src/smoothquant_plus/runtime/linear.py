@@ -31,7 +31,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
-        if not scheme.inputs.dynamic and input_scale is None:
+        if scheme.static and input_scale is None:
             raise ValueError(f"static activation quantization needs the input scale of this {self.out_features}x{self.in_features} layer")
         self.scheme = scheme
         self.backend, self._kernels = select(scheme, weight.values.device, (self.out_features, self.in_features), backend)

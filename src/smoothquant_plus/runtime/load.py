@@ -10,10 +10,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import assign, build_skeleton, check_device, disk_names, head_path, linears, load_config
-from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout, read_scheme
+from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import find_family
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.linear import QuantLinear
@@ -40,7 +39,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{directory / 'generation_config.json'} cannot be read: {error}") from error
-    names = disk_names(model, checkpoint, family)
+    names = disk_names(model, checkpoint, family, scheme)
     for name, buffer in list(model.named_buffers()):
         assign(model, name, buffer.to(device))
 
@@ -76,14 +75,7 @@ def _read_linear(
 ) -> QuantLinear:
     assert scheme is not None
     disk = names[f"{path}.weight"].removesuffix(".weight")
-    tensors = {}
-    for suffix, (kind, shape) in linear_layout(scheme, linear.out_features, linear.in_features).items():
-        tensor = checkpoint.read(f"{disk}.{suffix}")
-        if (tensor.dtype, tuple(tensor.shape)) != (kind, shape):
-            raise InputError(
-                f"'{disk}.{suffix}' in {checkpoint.directory} is {tensor.dtype} {tuple(tensor.shape)}, and its config.json asks for {kind} {shape}."
-            )
-        tensors[suffix] = tensor.to(device)
+    weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features)
     bias = checkpoint.read(names[f"{path}.bias"]).to(device=device, dtype=dtype) if linear.bias is not None else None
-    weight = QuantizedWeight(tensors["weight"], tensors["weight_scale"], scheme.weights)
-    return QuantLinear(weight, scheme, input_scale=tensors.get("input_scale"), bias=bias, backend=backend)
+    input_scale = None if input_scale is None else input_scale.to(device)
+    return QuantLinear(weight.to(device), scheme, input_scale=input_scale, bias=bias, backend=backend)

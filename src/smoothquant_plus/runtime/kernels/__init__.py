@@ -12,13 +12,13 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.runtime.kernels import reference, torch_int8
+from smoothquant_plus.runtime.kernels import reference, torch_int4, torch_int8
 
 log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What a backend's file has.
+    """What a kernel's file has.
 
     `supports` returns None, or the reason why it cannot run layers of this `shape` (N, K) there. `prepare` repacks a weight once, when it
     is loaded. `linear` multiplies x (..., K) with what `prepare` returned and gives (..., N) in x's dtype; `input_scale` is the static
@@ -34,8 +34,8 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
-# In the order of preference.
-BACKENDS: dict[str, Any] = {"torch": torch_int8, "reference": reference}
+# The files of each backend, both in the order of preference.
+BACKENDS: dict[str, tuple[Any, ...]] = {"torch": (torch_int8, torch_int4), "reference": (reference,)}
 
 
 def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: str | None = None) -> tuple[str, Backend]:
@@ -43,18 +43,16 @@ def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: s
 
     A backend asked for by name never falls back: InputError gives the reason.
     """
-    if name is not None:
-        if name not in BACKENDS:
-            raise InputError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
-        reason = BACKENDS[name].supports(scheme, device, shape)
-        if reason is not None:
-            raise InputError(f"backend '{name}' cannot run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {reason}.")
-        return name, BACKENDS[name]
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
     reasons: list[str] = []
-    for candidate, backend in BACKENDS.items():
-        reason = backend.supports(scheme, device, shape)
-        if reason is None:
-            log.info("%s %dx%d on %s: backend %s%s", scheme.name, *shape, device, candidate, f" ({'; '.join(reasons)})" if reasons else "")
-            return candidate, backend
-        reasons.append(f"not {candidate}: {reason}")
-    raise InputError(f"no backend can run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {'; '.join(reasons)}.")
+    for candidate in BACKENDS if name is None else (name,):
+        for kernels in BACKENDS[candidate]:
+            reason = kernels.supports(scheme, device, shape)
+            if reason is None:
+                against = f" ({'; '.join(reasons)})" if reasons else ""
+                log.info("%s %dx%d on %s: backend %s%s", scheme.name, *shape, device, candidate, against)
+                return candidate, kernels
+            reasons.append(f"{kernels.__name__.rpartition('.')[2]}: {reason}")
+    who = "no backend can" if name is None else f"backend '{name}' cannot"
+    raise InputError(f"{who} run a {shape[0]}x{shape[1]} layer in {scheme.name} on {device}: {'; '.join(reasons)}.")

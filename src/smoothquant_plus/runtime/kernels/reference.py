@@ -5,19 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smoothquant_plus.method.integers import QuantizedWeight, quantize_input
+from smoothquant_plus.method.integers import QuantizedWeight, pack_int4, quantize_input, stands_for, unpack_int4
 from smoothquant_plus.method.scheme import Quant, Scheme
 
 
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
-    return None
+    return None if scheme.name in ("w8a8", "w4a16") else "it has no meaning for this scheme"
 
 
 def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
-    return weight.values, weight.scale.reshape(-1)
+    if weight.quant.bits == 8:
+        return weight.values, weight.scale.reshape(-1)
+    packed = pack_int4(weight.values), weight.scale
+    return packed if weight.zero_point is None else (*packed, weight.zero_point)
 
 
 def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scheme.inputs is None:
+        packed, scale, *zero_point = prepared
+        return torch.ops.smoothquant_plus.reference_w4a16(x, packed, scale, zero_point[0] if zero_point else None, bias)
     values, scale = prepared
     return torch.ops.smoothquant_plus.reference_w8a8(x, values, scale, scheme.inputs.strategy == "token", input_scale, bias)
 
@@ -39,4 +45,20 @@ def _w8a8(x: Tensor, weight: Tensor, weight_scale: Tensor, per_token: bool, inpu
 
 @_w8a8.register_fake
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, per_token: bool, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("smoothquant_plus::reference_w4a16", mutates_args=())
+def _w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = x @ ((int(weight) - zero_point) * weight_scale).T + bias, the activations as they are.
+
+    x (..., K) in any float dtype; weight uint8 (N, K / 2) as `pack_int4` makes it; weight_scale (N, groups) in any float dtype; zero_point
+    int8 (N, groups), None when symmetric; bias (N,). All is computed in float32, y (..., N) is in x's dtype.
+    """
+    y = x.float() @ stands_for(unpack_int4(weight), weight_scale, zero_point).t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@_w4a16.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])

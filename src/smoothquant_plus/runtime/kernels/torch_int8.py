@@ -15,6 +15,8 @@ CUDA_ROWS = 32
 
 
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
+    if scheme.name != "w8a8":
+        return "it multiplies 8-bit integers"
     if device.type == "cuda" and (shape[0] % 8 or shape[1] % 8):
         return "torch._int_mm needs input and output channels that are multiples of 8 on CUDA"
     if device.type not in ("cpu", "cuda"):
@@ -31,6 +33,7 @@ def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
 
 
 def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert scheme.inputs is not None
     weight, scale = prepared
     return torch.ops.smoothquant_plus.torch_w8a8(x, weight, scale, scheme.inputs.strategy == "token", input_scale, bias)
 
