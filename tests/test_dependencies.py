@@ -1,4 +1,4 @@
-"""Imports point down: method < models < runtime < evaluation, verification, preparation < pipeline < demo < cli."""
+"""Imports point down: method < models < runtime < search < evaluation, verification, preparation < pipeline < demo < cli."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ LEVELS = [
     {"method"},
     {"models", "text"},
     {"runtime", "workspace"},
+    {"search"},
     {"evaluation", "inspection", "verification", "preparation"},
     {"pipeline"},
     {"demo"},
@@ -28,6 +29,7 @@ ONLY_IN = {
     "accelerate": {"models/blocks.py"},
     "compressed_tensors": {"models/checkpoint.py"},
     "datasets": {"text.py"},
+    "psutil": {"search.py"},
     "typer": {"cli.py"},
     "triton": set(),
     "vllm": set(),

@@ -32,6 +32,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
+from smoothquant_plus.search import Search
 from smoothquant_plus.verification import verify
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -161,7 +162,9 @@ class Inputs:
         """What is called again and again: the output is OUT in `home`."""
         if what == "calibrate":
             return partial(calibrate, self.model, home / "OUT.safetensors", calibration=self.calibration)
-        return partial(quantize, self.model, home / "OUT", smooth="all", calibration=self.calibration)
+        searched = {"scheme": "w4a16", "group_size": 32, "alpha": what, "search": Search(samples=1, memory=4 * 16 * 64 * 4)}
+        options = {} if what == "quantize" else searched
+        return partial(quantize, self.model, home / "OUT", smooth="all", calibration=self.calibration, **options)
 
     def copy(self, folder: Path) -> Inputs:
         """The same, times of modification included."""
@@ -187,7 +190,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
-    """whole('quantize') or whole('calibrate'), run once."""
+    """whole('quantize'), whole('calibrate'), or quantized with a search for alpha, whole('model') or whole('block'), run once."""
     known: dict[str, Whole] = {}
 
     def get(what: str) -> Whole:
@@ -195,7 +198,7 @@ def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             home = tmp_path_factory.mktemp("whole")
             ended = run(inputs.call(what, home), home)
             assert ended.code == 0, ended.log
-            assert ended.measured == [0, 1]
+            assert ended.measured == ([0, 1, 0, 1] if what == "model" else [0, 1])
             known[what] = Whole(contents(home), len(ended.operations))
         return known[what]
 
@@ -220,7 +223,7 @@ def killed_in_second_block(inputs: Inputs, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "step"), [("quantize", 1), ("calibrate", 3)])
+@pytest.mark.parametrize(("what", "step"), [("quantize", 1), ("calibrate", 3), ("model", 11), ("block", 5)])
 def test_killed_at_every_operation(what: str, step: int, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     expected = whole(what)
     output = next(iter(expected.contents)).partition("/")[0]
@@ -247,15 +250,17 @@ def test_killed_at_every_operation(what: str, step: int, whole: Callable[[str], 
         assert contents(home) == expected.contents, where
         assert [path.name for path in home.iterdir()] == [output], where
         # A block is done when its record is there, and is never measured again.
-        done = [path for path in found if Path(path).match("blocks/*.json")]
-        assert again.measured == ([] if published else list(range(len(done), 2))), where
+        expected_blocks = list(range(len([path for path in found if Path(path).match("blocks/*.json")]), 2))
+        if what == "model" and f"{PARTIAL}/search.json" not in found:
+            expected_blocks = [*range(len([path for path in found if Path(path).match("search/*.json")]), 2), 0, 1]
+        assert again.measured == ([] if published else expected_blocks), where
     assert len(continued) > expected.operations / step / 3
 
 
 def test_killed_again_and_again(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     stops = [
         (f"open {PARTIAL}/blocks/00000.json.tmp", [0]),
-        (f"os.remove {PARTIAL}/stream-00000.safetensors\n", [0]),
+        (f"os.remove {PARTIAL}/blocks/stream-00000-full.safetensors\n", [0]),
         (SECOND_BLOCK, [1]),
         (f"open {PARTIAL}/output/manifest.json.tmp", [1]),
         (f"os.rename {PARTIAL}/output\n", []),
@@ -274,7 +279,7 @@ def test_killed_again_and_again(whole: Callable[[str], Whole], inputs: Inputs, h
 
 def test_half_written_files_are_ignored(killed_in_second_block: Path, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     shutil.copytree(killed_in_second_block / PARTIAL, home / PARTIAL)
-    half = (home / PARTIAL / "stream-00001.safetensors").read_bytes()[:1000]
+    half = (home / PARTIAL / "blocks/stream-00001-full.safetensors").read_bytes()[:1000]
     final = [
         "recipe.json",
         "output/model-00003-of-00004.safetensors",
@@ -282,7 +287,7 @@ def test_half_written_files_are_ignored(killed_in_second_block: Path, whole: Cal
         "output/of-another-version.json",
         "blocks/00001.json",
     ]
-    for name in [*final, "blocks/00001.safetensors", "stream-00002.safetensors"]:
+    for name in [*final, "blocks/00001.safetensors", "blocks/stream-00002-full.safetensors"]:
         (home / PARTIAL / f"{name}.tmp").write_bytes(half)
 
     ended = run(inputs.call("quantize", home), home)
