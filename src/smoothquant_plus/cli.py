@@ -201,6 +201,19 @@ def verify(
 
 
 @command
+def plot(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by quantize.", show_default=False)],
+    directory: Annotated[Path | None, typer.Option("--out", help="Directory for the pictures; default: OUT/plots.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the loss against alpha, and the activations before and after smoothing, as PNG and SVG."""
+    from smoothquant_plus.evaluation.plot import plot as run
+
+    paths = [str(path) for path in run(output, directory)]
+    show({"files": paths}, as_json, lambda: out.print("\n".join(paths)))
+
+
+@command
 def eval_(
     model: ModelOrOutput,
     text: Text = None,
@@ -266,16 +279,17 @@ def demo(
     output: Annotated[Path | None, typer.Option("--out", help="Keep the models of the demo in this new directory.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize the small model that ships with this package, naively and with SmoothQuant, and compare."""
+    """Quantize the small model that ships with this package, naively, with SmoothQuant and with SmoothQuant+, and compare."""
     from smoothquant_plus.demo.run import run
 
     found = run(output)
 
     def human() -> None:
         out.print(found.introduction)
-        table = Table("model", "perplexity", "size MB", "tokens/s")
+        table = Table("model", "alpha", "perplexity", "size MB", "tokens/s")
         for row in found.rows:
-            table.add_row(row.name, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}")
+            alpha = "" if row.alpha is None else f"{row.alpha:g}"
+            table.add_row(row.name, alpha, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}")
         out.print(table)
         for row in found.rows:
             out.print(f"\n--- {row.name}", markup=False)
@@ -287,7 +301,7 @@ def demo(
 
 @app.callback(invoke_without_command=True)
 def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """SmoothQuant: 8-bit checkpoints of language models that answer like the original."""
+    """SmoothQuant and SmoothQuant+: 8-bit and 4-bit checkpoints of language models that answer like the original."""
     if version:
         out.print(__version__)
         raise typer.Exit(0)

@@ -1,4 +1,4 @@
-"""The demonstration: full precision, naive INT8 and SmoothQuant on the shipped model, executed by integer kernels."""
+"""The demonstration: full precision, naive quantization, SmoothQuant and SmoothQuant+ on the shipped model, executed by integer kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL
+from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL, PROBLEMS, PROSE
 from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.perplexity import perplexity
@@ -21,31 +21,47 @@ from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.load import load
+from smoothquant_plus.search import Search
 from smoothquant_plus.text import encode, load_tokenizer
 
-CHANNELS, SCALE = 3, 100.0
+CHANNELS, SCALE = 8, 100.0
 SEQ_LEN = 512
 HELD_OUT_TOKENS = 16 * SEQ_LEN
 PROMPT = "def read_lines(path):\n    with open(path) as"
 NEW_TOKENS = 32
 
+CODE = Calibration(text=(str(CALIBRATION),), samples=32, seq_len=SEQ_LEN)
+DOMAINS = {
+    name: {
+        "scheme": "w4a16",
+        "alpha": "model",
+        "search": Search(samples=4),
+        "calibration": Calibration((str(text),), samples=12, seq_len=SEQ_LEN),
+    }
+    for name, text in (("problems", PROBLEMS), ("prose", PROSE))
+}
 RECIPES: dict[str, dict[str, Any]] = {
-    "naive W8A8, per-tensor static": {"activations": "static", "smooth": "none"},
-    "SmoothQuant O1, per-token dynamic": {"activations": "token"},
-    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor"},
-    "SmoothQuant O3, per-tensor static": {"activations": "static"},
+    "naive W8A8, per-tensor static": {"activations": "static", "smooth": "none", "calibration": CODE},
+    "SmoothQuant O1, per-token dynamic": {"activations": "token", "calibration": CODE},
+    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor", "calibration": CODE},
+    "SmoothQuant O3, per-tensor static": {"activations": "static", "calibration": CODE},
+    "naive W4A16, groups of 128": {"scheme": "w4a16", "smooth": "none"},
+    "SmoothQuant+, calibrated on code problems": DOMAINS["problems"],
+    "SmoothQuant+, calibrated on prose": DOMAINS["prose"],
 }
 
 INTRODUCTION = f"""
 A Llama with 5 million parameters, trained on Python's standard library, on text that neither training nor calibration saw. A model this
 small lacks the activation outliers of models from 6.7 billion parameters on, so {CHANNELS} channels of each norm were made {SCALE:g} times larger
-by an exactly equivalent rewrite first: the float16 row is the model after that. Its layers are so small that tokens/s shows what a
-call costs, not what the arithmetic does."""
+by an exactly equivalent rewrite first: the float16 row is the model after that. SmoothQuant+ chose alpha by the loss of the whole model,
+once on text of the model's domain and once on other text. Its layers are so small that tokens/s shows what a call costs, not what the
+arithmetic does."""
 
 CLOSING = """
 The same on a model of your own (a directory with safetensors) and text of its domain:
   sqplus inspect MODEL
   sqplus quantize MODEL OUT --scheme w8a8 --text calibration.txt
+  sqplus quantize MODEL OUT --scheme w4a16 --alpha model --text calibration.txt
   sqplus verify OUT --against MODEL
   sqplus eval OUT --text held_out.txt
   sqplus generate OUT --prompt "..."
@@ -55,6 +71,7 @@ The same on a model of your own (a directory with safetensors) and text of its d
 @dataclass(frozen=True)
 class Row:
     name: str
+    alpha: float | None
     perplexity: float
     megabytes: float
     tokens_per_second: float
@@ -74,13 +91,13 @@ def run(output: Path | None = None) -> Demo:
     with _directory(output) as directory:
         planted = directory / "planted"
         write_planted(planted)
-        calibration = Calibration(text=(str(CALIBRATION),), samples=32, seq_len=SEQ_LEN)
-        models = {"float16, outliers planted": planted}
+        rows = [measure("float16, outliers planted", None, planted)]
         for number, (name, options) in enumerate(RECIPES.items()):
-            models[name] = directory / f"quantized-{number}"
             note(f"{name}:")
-            quantize(planted, models[name], calibration=calibration, **options)
-        return Demo(INTRODUCTION, PROMPT, [measure(name, path) for name, path in models.items()], CLOSING)
+            found = quantize(planted, directory / f"quantized-{number}", **options)
+            assert not isinstance(found.alpha, str)  # none of the recipes searches by block
+            rows.append(measure(name, found.alpha, Path(found.output)))
+        return Demo(INTRODUCTION, PROMPT, rows, CLOSING)
 
 
 def write_planted(directory: Path) -> None:
@@ -92,7 +109,7 @@ def write_planted(directory: Path) -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, directory: Path) -> Row:
+def measure(name: str, alpha: float | None, directory: Path) -> Row:
     """Perplexity, size, decoding speed and a continuation, computed in float32 around the integer products."""
     model, tokenizer = load(directory, dtype=torch.float32), load_tokenizer(directory)
     ids = encode((str(HELD_OUT),), tokenizer)[:HELD_OUT_TOKENS]
@@ -104,7 +121,7 @@ def measure(name: str, directory: Path) -> Row:
     continued = model.generate(**inputs, **generate)
     speed = NEW_TOKENS / (time.perf_counter() - start)
     text = tokenizer.decode(continued[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Row(name, score.perplexity, Checkpoint(directory).nbytes / 1e6, speed, text)
+    return Row(name, alpha, score.perplexity, Checkpoint(directory).nbytes / 1e6, speed, text)
 
 
 @contextmanager
