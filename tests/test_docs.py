@@ -32,7 +32,7 @@ def blocks(language: str) -> list[str]:
 
 def test_readme_commands(place: Path) -> None:
     commands = [line.split("  #")[0] for block in blocks("sh") for line in block.splitlines() if line.startswith("sqplus")]
-    assert [command.split()[1] for command in commands] == ["inspect", "quantize", "verify", "eval", "eval", "generate"]
+    assert [command.split()[1] for command in commands] == ["inspect", "quantize", "quantize", "plot", "verify", "eval", "eval", "generate"]
     for command in commands:
         subprocess.run(
             command.replace("sqplus", f"{sys.executable} -m smoothquant_plus.cli", 1),

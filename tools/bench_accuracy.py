@@ -1,12 +1,14 @@
-"""Perplexity of the demo model on all of its held-out text: float16, naive INT8, SmoothQuant, with and without outliers planted.
+"""Perplexity of the demo model on all of its held-out text: float16, naive quantization, SmoothQuant and SmoothQuant+, with and without
+outliers planted.
 
-python tools/bench_accuracy.py            prints a markdown table (docs/benchmarks.md)
+python tools/bench_accuracy.py            prints the markdown tables of docs/benchmarks.md; about 20 minutes
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from smoothquant_plus.evaluation.perplexity import evaluate
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 
-ROWS = {
+W8A8: dict[str, dict[str, Any]] = {
     "naive, per-token dynamic": {"activations": "token", "smooth": "none"},
     "naive, per-tensor dynamic": {"activations": "tensor", "smooth": "none"},
     "naive, per-tensor static": {"activations": "static", "smooth": "none"},
@@ -26,27 +28,75 @@ ROWS = {
     "SmoothQuant O3, `--smooth all`": {"activations": "static", "smooth": "all"},
     "SmoothQuant O3, weights per tensor": {"activations": "static", "weights": "tensor"},
 }
+W4A16: dict[str, dict[str, Any]] = {
+    "round to nearest": {"smooth": "none"},
+    "SmoothQuant+, `--alpha model`": {"alpha": "model"},
+    "SmoothQuant+, `--alpha block`": {"alpha": "block"},
+}
+GROUPS: dict[str, dict[str, Any]] = {
+    "128": {},
+    "64": {"group_size": 64},
+    "32": {"group_size": 32},
+    "128, symmetric": {"symmetric": True},
+}
+COUNTS = (0, 1, 3, CHANNELS, 16)
+TEXT = Calibration(text=(str(CALIBRATION),), samples=64, seq_len=SEQ_LEN)
+
+
+def score(directory: Path) -> float:
+    return evaluate(directory, [str(HELD_OUT)], seq_len=SEQ_LEN, dtype=torch.float32).perplexity
+
+
+def quantized(source: Path, directory: Path, **options: Any) -> tuple[float, Any]:
+    """Perplexity of the quantized model, and the alpha that it was smoothed with."""
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        found = quantize(source, Path(name) / "out", calibration=TEXT, **options)
+        return score(Path(found.output)), found.alpha
+
+
+def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
+    print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    calibration = Calibration(text=(str(CALIBRATION),), samples=64, seq_len=SEQ_LEN)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_planted(directory / "planted")
-        sources = {"as trained": MODEL, "planted": directory / "planted"}
-        scores: dict[str, list[float]] = {}
-        for kind, source in sources.items():
-            results = {"float16": source}
-            for row, options in ROWS.items():
-                results[row] = directory / f"{kind}-{len(results)}"
-                quantize(source, results[row], calibration=calibration, **options)
-            for row, path in results.items():
-                found = evaluate(path, [str(HELD_OUT)], seq_len=SEQ_LEN, dtype=torch.float32)
-                scores.setdefault(row, []).append(found.perplexity)
-    print(f"{found.tokens} held-out tokens, windows of {SEQ_LEN}; planted: {CHANNELS} channels of each norm x {SCALE:g}\n")
-    print("| W8A8 | as trained | outliers planted |\n|---|---|---|")
-    for row, (trained, planted) in scores.items():
-        print(f"| {row} | {trained:.3f} | {planted:.3f} |")
+        sources = {}
+        for count in COUNTS:
+            sources[count] = MODEL if count == 0 else directory / f"planted-{count}"
+            if count:
+                write_planted(sources[count], channels=count)
+        print(f"windows of {SEQ_LEN} tokens; planted: channels of each norm x {SCALE:g}")
+        full = {count: score(source) for count, source in sources.items()}
+
+        rows = {"float16": [f"{full[count]:.3f}" for count in (0, CHANNELS)]}
+        for row, options in W8A8.items():
+            rows[row] = [f"{quantized(sources[count], directory, **options)[0]:.3f}" for count in (0, CHANNELS)]
+        table("W8A8", ["as trained", f"{CHANNELS} channels planted"], rows)
+
+        found = {
+            row: {count: quantized(sources[count], directory, scheme="w4a16", **options) for count in COUNTS}
+            for row, options in W4A16.items()
+        }
+        rows = {"float16": [f"{full[count]:.3f}" for count in COUNTS]}
+        for row, columns in found.items():
+            rows[row] = [f"{value:.3f}" + (f" ({alpha:g})" if isinstance(alpha, float) else "") for value, alpha in columns.values()]
+        for row in list(W4A16)[1:]:
+            rows[f"of the loss, {row} closes"] = [closed(full[c], found["round to nearest"][c][0], found[row][c][0]) for c in COUNTS]
+        table("W4A16, groups of 128", ["as trained", *(f"{count} planted" for count in COUNTS[1:])], rows)
+
+        rows = {}
+        for group, options in GROUPS.items():
+            naive, _ = quantized(sources[CHANNELS], directory, scheme="w4a16", smooth="none", **options)
+            plus, alpha = quantized(sources[CHANNELS], directory, scheme="w4a16", alpha="model", **options)
+            rows[group] = [f"{naive:.3f}", f"{plus:.3f} ({alpha:g})", closed(full[CHANNELS], naive, plus)]
+        table(f"groups, {CHANNELS} channels planted", ["round to nearest", "SmoothQuant+, `--alpha model`", "of the loss closed"], rows)
+
+
+def closed(full: float, naive: float, plus: float) -> str:
+    return f"{(naive - plus) / (naive - full):.0%}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SmoothQuant for large language models; SmoothQuant+ is to follow.
+"""SmoothQuant and SmoothQuant+ for large language models.
 
 The public names are loaded on first use: importing the package does not import torch.
 """
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from smoothquant_plus.pipeline import calibrate, quantize
     from smoothquant_plus.preparation import Calibration
     from smoothquant_plus.runtime.load import load
+    from smoothquant_plus.search import Search
     from smoothquant_plus.verification import verify
 
-__all__ = ["SCHEMES", "Calibration", "calibrate", "evaluate", "load", "quantize", "verify"]
+__all__ = ["SCHEMES", "Calibration", "Search", "calibrate", "evaluate", "load", "quantize", "verify"]
 
 _HOMES = {
     "SCHEMES": "method.scheme",
     "Calibration": "preparation",
+    "Search": "search",
     "calibrate": "pipeline",
     "evaluate": "evaluation.perplexity",
     "load": "runtime.load",

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoothquant_plus.method.scheme import SCHEMES
+from smoothquant_plus.method.scheme import SCHEMES, find_scheme
 from smoothquant_plus.models.blocks import build_skeleton, load_config
 from smoothquant_plus.models.families import active_pairs, find_family, published_alpha
-from smoothquant_plus.models.sizes import largest_block, quantizing_bytes, stored_bytes
+from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`sizes` are bytes of the weights, before ('float16', or the dtype of config.json) and per scheme: on disk, and in memory to serve
-    them. `memory_to_quantize` is an estimated peak in bytes, for the samples and sequence length asked for."""
+    """`sizes` are bytes of the weights, on disk and in memory to serve them: before ('float16', or the dtype of config.json) and per scheme,
+    W4A16 with each group size that fits the model. `memory_to_quantize` is an estimated peak in bytes, for the samples and sequence length
+    asked for, without a search for alpha."""
 
     family: str
     model_type: str
@@ -40,7 +41,9 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512) -> Inspec
     active = list(active_pairs(family, config, "all"))
     pairs = [{"source": pair.source, "sinks": list(pair.sinks), "smooth": pair.when} for pair in active]
     sizes = {str(dtype).removeprefix("torch."): stored_bytes(skeleton, family, None)}
-    sizes |= {scheme: stored_bytes(skeleton, family, found) for scheme, found in SCHEMES.items()}
+    sizes |= {scheme: stored_bytes(skeleton, family, found) for scheme, found in SCHEMES.items() if found.weights.group_size is None}
+    for size in fitting_group_sizes(skeleton, family):
+        sizes[f"w4a16, groups of {size}"] = stored_bytes(skeleton, family, find_scheme("w4a16", group_size=size))
     return Inspection(
         family=name,
         model_type=config.model_type,

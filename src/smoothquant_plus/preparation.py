@@ -14,12 +14,12 @@ import torch
 from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
-from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
+from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, linears, load_config
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_alpha
-from smoothquant_plus.models.sizes import quantized_bytes
+from smoothquant_plus.models.sizes import fitting_group_sizes, quantized_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.progress import note
 from smoothquant_plus.search import Search
@@ -121,14 +121,13 @@ def check_groups(decoder: Decoder, scheme: Scheme) -> None:
     size = scheme.weights.group_size
     if size is None:
         return
-    layers = {f"{decoder.family.blocks}.{name}": linear.in_features for name, linear in linears(decoder.blocks).items()}
-    for name, channels in layers.items():
-        if channels % size:
-            would = [other for other in GROUP_SIZES if all(columns % other == 0 for columns in layers.values())]
-            advice = (
-                f"--group-size {' or '.join(map(str, would))} would do" if would else "no group size fits this model: use --scheme w8a8"
+    for name, linear in linears(decoder.blocks).items():
+        if linear.in_features % size:
+            would = " or ".join(map(str, fitting_group_sizes(decoder.model, decoder.family)))
+            raise InputError(
+                f"groups of {size} do not divide the {linear.in_features} input channels of {decoder.family.blocks}.{name}: "
+                + (f"--group-size {would} would do." if would else "no group size fits this model, use --scheme w8a8.")
             )
-            raise InputError(f"groups of {size} do not divide the {channels} input channels of {name}: {advice}.")
 
 
 def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search | None) -> None:

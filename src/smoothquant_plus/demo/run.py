@@ -100,10 +100,10 @@ def run(output: Path | None = None) -> Demo:
         return Demo(INTRODUCTION, PROMPT, rows, CLOSING)
 
 
-def write_planted(directory: Path) -> None:
+def write_planted(directory: Path, channels: int = CHANNELS) -> None:
     """The shipped model with outliers planted, as a model directory of its own."""
     model = load(MODEL, dtype=torch.float32)
-    plant_outliers(model, CHANNELS, SCALE)
+    plant_outliers(model, channels, SCALE)
     model.half().save_pretrained(directory)
     load_tokenizer(MODEL).save_pretrained(directory)
 

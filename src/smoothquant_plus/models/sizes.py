@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
 from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import linear_layout
 from smoothquant_plus.models.families import Family
@@ -37,6 +37,12 @@ def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype) -> int:
     """Bytes of a quantized linear layer whose weight was in `dtype`, without its bias."""
     layout = linear_layout(scheme, linear.out_features, linear.in_features, dtype).values()
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
+
+
+def fitting_group_sizes(model: Any, family: Family) -> list[int]:
+    """The group sizes that divide the input channels of every linear of the blocks."""
+    layers = linears(model.get_submodule(family.blocks)).values()
+    return [size for size in GROUP_SIZES if all(linear.in_features % size == 0 for linear in layers)]
 
 
 def largest_block(model: Any, family: Family) -> int:
