@@ -109,8 +109,8 @@ def quantize(
     alpha: Annotated[
         str,
         typer.Option(
-            help="Smoothing strength 0..1; default: the family's published value; model: searched by the loss of the whole quantized model; "
-            "block: searched for each block."
+            help="Smoothing strength 0..1; model: searched by the loss of the whole quantized model; block: searched for each block; "
+            "default: the family's published value for w8a8, model for w4a16."
         ),
     ] = "default",
     text: Text = None,

@@ -79,10 +79,10 @@ def quantize(
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
     `scheme` is 'w8a8' or 'w4a16'. For w8a8 `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or
-    'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `smooth` is 'none', 'norms' or 'all'. `alpha`
-    is 'default', the family's published value; a number in 0..1; 'model', searched by the loss of the whole quantized model
-    (SmoothQuant+); or 'block', searched for each block by itself. Killed at any moment, the same call continues where it was and gives
-    the same bytes.
+    'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `smooth` is 'none', 'norms' or 'all'.
+    `alpha` is a number in 0..1; 'model', searched by the loss of the whole quantized model (SmoothQuant+); 'block', searched for each
+    block by itself; or 'default', the family's published value for w8a8 and 'model' for w4a16. Killed at any moment, the same call
+    continues where it was and gives the same bytes.
     Raises InputError for input that cannot be used, VerificationError when smoothing turned out to change the function.
     """
     start = time.monotonic()
@@ -91,7 +91,7 @@ def quantize(
     decoder = open_decoder(model, calibration)
     check_groups(decoder, chosen)
     notes: list[str] = []
-    strength = choose_alpha(decoder, smooth, alpha, notes)
+    strength = choose_alpha(decoder, chosen, smooth, alpha, notes)
     needs_maxima = smooth != "none" or chosen.static
     needs_runs = smooth != "none" or (needs_maxima and calibration.statistics is None)
     check_calibration(decoder, calibration, needs_maxima)

@@ -66,10 +66,12 @@ def open_decoder(model: Path, calibration: Calibration) -> Decoder:
     return Decoder(checkpoint, dtype, device)
 
 
-def choose_alpha(decoder: Decoder, smooth: str, alpha: str | float, notes: list[str]) -> float | str | None:
+def choose_alpha(decoder: Decoder, scheme: Scheme, smooth: str, alpha: str | float, notes: list[str]) -> float | str | None:
     """The alpha to smooth with, or the search that will find it; None when nothing is smoothed."""
     if smooth not in SMOOTH:
         raise InputError(f"unknown --smooth '{smooth}': choose one of {', '.join(SMOOTH)}.{did_you_mean(smooth, SMOOTH)}")
+    if alpha == "default" and smooth != "none" and scheme.name == "w4a16":
+        alpha = "model"  # SmoothQuant+ always searches: the published values are for INT8 activations
     if alpha in SEARCHES:
         if smooth == "none":
             raise InputError(f"--alpha {alpha} searches how to smooth, and --smooth none smooths nothing: leave one of them out.")
@@ -109,7 +111,7 @@ def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) 
 def check_search(calibration: Calibration, search: Search, alpha: str) -> None:
     """Raises InputError for a search without text, and for options that it cannot have."""
     if not calibration.text:
-        raise InputError(f"--alpha {alpha} measures the loss on calibration text: give --text FILE.")
+        raise InputError(f"--alpha {alpha} measures the loss on calibration text: give --text FILE, or a number as --alpha.")
     if search.samples < 1:
         raise InputError(f"--samples-search {search.samples}: at least 1 sample is needed.")
     if search.memory is not None and search.memory < 0:
