@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def quantize(
         if not work.complete:
             samples = read_samples(decoder, calibration) if needs_runs else None
             work.check_samples(samples.batches if samples else [])
-            check_space(decoder, work, chosen, samples, search if strength == "model" else None)
+            check_space(decoder, work, chosen, samples, search if strength == "model" and not work.search_result.is_file() else None)
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
             pairs = list(active_pairs(decoder.family, decoder.config, smooth))
@@ -206,7 +207,7 @@ def quantize_one(
 def search_note(found: dict[str, Any]) -> str:
     """What the search over the whole model found, in a sentence."""
     losses = {candidate["alpha"]: candidate["mse"] for candidate in found["candidates"] if "mse" in candidate}
-    unsmoothed = found["unsmoothed"]["mse"]
+    unsmoothed = found["unsmoothed"].get("mse", math.inf)
     if found["alpha"] is None:
         return f"smoothing does not help this model: the smallest loss is {min(losses.values()):.4g}, without smoothing {unsmoothed:.4g}."
     return f"alpha {found['alpha']:g} has the smallest loss of the whole model: {losses[found['alpha']]:.4g}, without smoothing {unsmoothed:.4g}."

@@ -62,6 +62,7 @@ def search_model(
     Raises InputError when no alpha can be used.
     """
     if work.search_result.is_file():
+        shutil.rmtree(work.search.directory)
         found: dict[str, Any] = json.loads(work.search_result.read_text())
         return found
     chosen = search.choose(samples.batches)
@@ -73,7 +74,7 @@ def search_model(
     usable = {c["alpha"]: c["mse"] for c in found["candidates"] if "mse" in c}
     if not usable:
         raise InputError(f"no alpha can be used: {found['candidates'][0]['refused']}")
-    found["alpha"] = best_alpha(usable, found[UNSMOOTHED]["mse"])
+    found["alpha"] = best_alpha(usable, found[UNSMOOTHED].get("mse", math.inf))
     write_json(work.search_result, found)
     shutil.rmtree(work.search.directory)
     return found
@@ -155,6 +156,7 @@ class Streams:
     def drop(self, names: Any) -> None:
         """Candidates that turned out not to be usable."""
         self.names = [name for name in self.names if name not in names]
+        self._memory = {name: hidden for name, hidden in self._memory.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,13 @@ def losses(decoder: Decoder, batches: Sequence[Tensor], chosen: list[int], strea
         "candidates": [],
     }
     for name in streams.names:
-        loss = {"mse": squared[name].mean, "cross_entropy": entropy[name] / predicted}
+        loss: dict[str, Any] = {"mse": squared[name].mean, "cross_entropy": entropy[name] / predicted}
+        if not all(map(math.isfinite, loss.values())):
+            loss = {"refused": "its hidden states are not finite"}
         if name == UNSMOOTHED:
             found[UNSMOOTHED] = loss
-        elif all(map(math.isfinite, loss.values())):
-            found["candidates"].append({"alpha": float(name), **loss})
         else:
-            found["candidates"].append({"alpha": float(name), "refused": "its hidden states are not finite"})
+            found["candidates"].append({"alpha": float(name), **loss})
     return found
 
 

@@ -185,7 +185,8 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                     error = prove_equivalent(decoder, block, index, stream, reference, smoothed)
                     report.equivalence_error = max(report.equivalence_error, error)
                     for pair in smoothed:
-                        if not torch.equal(factors[f"{path}.{pair.source}"], pair.s):
+                        stored = factors.get(f"{path}.{pair.source}")
+                        if stored is None or not torch.equal(stored, pair.s):
                             raise VerificationError(
                                 f"the factors of '{path}.{pair.source}' in {directory / SMOOTHING} are not what {model} gives."
                             )

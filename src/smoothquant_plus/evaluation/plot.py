@@ -68,7 +68,8 @@ def _draw_model_search(axes: Axes, search: dict[str, Any]) -> None:
     candidates = [candidate for candidate in search["candidates"] if "mse" in candidate]
     alphas = [candidate["alpha"] for candidate in candidates]
     axes.plot(alphas, [candidate["mse"] for candidate in candidates], "o-", color=AFTER, markersize=4, label="mean squared error")
-    axes.axhline(search["unsmoothed"]["mse"], color=AFTER, linestyle=":", label="the same, without smoothing")
+    if "mse" in search["unsmoothed"]:
+        axes.axhline(search["unsmoothed"]["mse"], color=AFTER, linestyle=":", label="the same, without smoothing")
     axes.set(xlabel="alpha", ylabel="final hidden states: mean squared error", xlim=(-0.02, 1.02))
     axes.set_title(f"Loss of the whole quantized model, {search['tokens']} tokens")
     entropy = axes.twinx()
@@ -86,7 +87,7 @@ def _draw_block_search(axes: Axes, blocks: list[dict[str, Any]]) -> None:
 
     for index, block in enumerate(blocks):
         losses = {candidate["alpha"]: candidate["mse"] for candidate in block["search"] if "mse" in candidate}
-        unsmoothed = losses.pop(None)
+        unsmoothed = losses.pop(None, max(losses.values()))  # one that is not finite is worse than all
         color = colormaps["viridis"](index / max(1, len(blocks) - 1))
         ends = index in (0, len(blocks) - 1)
         relative = {alpha: loss / unsmoothed for alpha, loss in losses.items()}
