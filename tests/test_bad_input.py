@@ -30,6 +30,7 @@ from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import read_documents
 
 SMALL = ("--samples", "4", "--seq-len", "32")
+W4A16 = ("--scheme", "w4a16", "--group-size", "32")
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -122,7 +123,7 @@ class Bench:
     def evaluate(self, model: Path, *options: object, text: Path | str | None = None) -> list[object]:
         return ["eval", model, "--text", text or self.text, "--seq-len", "32", *options]
 
-    def with_statistics(self, name: str, write: Callable[[Path, dict[str, Tensor]], object]) -> list[object]:
+    def with_statistics(self, name: str, write: Callable[[Path, dict[str, Tensor]], object], *options: object) -> list[object]:
         """Quantize with a file of statistics that `write` makes from right ones."""
         maxima = {}
         for index in range(3):
@@ -130,7 +131,7 @@ class Bench:
             maxima |= {f"model.layers.{index}.mlp.{linear}": torch.ones(64) for linear in ("gate_proj", "up_proj")}
             maxima |= {f"model.layers.{index}.mlp.down_proj": torch.ones(96)}
         write(self.here / name, maxima)
-        return ["quantize", self.model(), self.out, "--statistics", self.here / name]
+        return ["quantize", self.model(), self.out, "--statistics", self.here / name, *options]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,23 @@ def underflowing_gain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in ("q_proj", "k_proj", "v_proj"):
         tensors[f"model.layers.0.self_attn.{name}.weight"][:, 5] = 0.01
     return tensors
+
+
+def overflowing_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With --alpha 1 a weight is multiplied by its input's maximum: about 1e4 here, and 6e4 * 1e4 / 15 is beyond float16."""
+    tensors["model.layers.0.input_layernorm.weight"][5] = 1e4
+    for name in ("q_proj", "k_proj", "v_proj"):
+        tensors[f"model.layers.0.self_attn.{name}.weight"][:, 5] = 6e4
+    return tensors
+
+
+def narrow_mlp(model: Path) -> None:
+    """72 channels between the layers, which no group size divides."""
+
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor[tuple(slice(72 if size == 96 else size) for size in tensor.shape)].contiguous()
+
+    rewrite(model, lambda tensors: {name: narrow(tensor) for name, tensor in tensors.items()})
 
 
 def folding(b: Bench, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> list[object]:
@@ -396,6 +414,12 @@ CASES = [
         ("model.layers.0.input_layernorm", "underflows to zero in float16", "channel 5", "--alpha"),
         True,
     ),
+    Case(
+        "scale overflows float16",
+        lambda b: b.quantize(b.model(change=lambda m: rewrite(m, overflowing_scale)), *W4A16, "--alpha", "1"),
+        (Q_PROJ, "the scale of a group overflows float16"),
+        True,
+    ),
     Case("quantized already", lambda b: b.quantize(b.quantized()), ("/quantized is quantized already", "full-precision")),
     # Its tokenizer.
     Case("no tokenizer", lambda b: b.broken(without_tokenizer), ("/model has no tokenizer", "tokenizer.json", "copy it")),
@@ -472,8 +496,81 @@ CASES = [
     Case("alpha too large", lambda b: b.quantize(None, "--alpha", "1.5"), ("--alpha 1.5", "between 0 and 1")),
     Case("alpha below zero", lambda b: b.quantize(None, "--alpha=-0.1"), ("--alpha -0.1", "between 0 and 1")),
     Case("alpha is NaN", lambda b: b.quantize(None, "--alpha", "nan"), ("--alpha nan", "between 0 and 1")),
-    Case("alpha is a word", lambda b: b.quantize(None, "--alpha", "strong"), ("--alpha strong", "'default' or a number between 0 and 1")),
-    Case("unknown scheme", lambda b: b.quantize(None, "--scheme", "w8a9"), ("unknown scheme 'w8a9'", "Did you mean 'w8a8'?")),
+    Case(
+        "alpha is a word",
+        lambda b: b.quantize(None, "--alpha", "strong"),
+        ("--alpha strong", "'model', 'block' or a number between 0 and 1"),
+    ),
+    Case("alpha is nearly a word", lambda b: b.quantize(None, "--alpha", "modle"), ("--alpha modle", "Did you mean 'model'?")),
+    *(
+        Case(
+            f"search by {alpha} without smoothing",
+            lambda b, alpha=alpha: b.quantize(None, "--alpha", alpha, "--smooth", "none"),
+            (f"--alpha {alpha}", "--smooth none", "leave one of them out"),
+        )
+        for alpha in ("model", "block")
+    ),
+    *(
+        Case(f"search by {alpha} without text", lambda b, alpha=alpha: ["quantize", b.model(), b.out, "--alpha", alpha], ("--text FILE",))
+        for alpha in ("model", "block")
+    ),
+    *(
+        Case(
+            f"search by {alpha} with statistics",
+            lambda b, alpha=alpha: b.with_statistics("s.safetensors", lambda path, maxima: save_file(maxima, path), "--alpha", alpha),
+            (f"--alpha {alpha}", "loss on calibration text", "--text FILE"),
+        )
+        for alpha in ("model", "block")
+    ),
+    Case(
+        "search on no samples",
+        lambda b: b.quantize(None, "--alpha", "model", "--samples-search", "0"),
+        ("--samples-search 0", "at least 1"),
+    ),
+    Case(
+        "w4a16 without text",
+        lambda b: b.with_statistics("s.safetensors", lambda path, maxima: save_file(maxima, path), *W4A16),
+        ("--alpha model", "loss on calibration text", "--text FILE", "a number"),
+    ),
+    *(
+        Case(
+            f"search memory {memory}",
+            lambda b, memory=memory: b.quantize(None, "--alpha", "model", f"--search-memory={memory}"),
+            ("--search-memory",),
+        )
+        for memory in ("-1", "-0.5", "nan", "inf", "much")
+    ),
+    Case("unknown scheme", lambda b: b.quantize(None, "--scheme", "w8a9"), ("unknown scheme 'w8a9'", "w4a16", "Did you mean 'w8a8'?")),
+    Case(
+        "groups that do not divide",
+        lambda b: b.quantize(None, "--scheme", "w4a16"),
+        ("groups of 128", f"64 input channels of {Q_PROJ}", "--group-size 32 would do"),
+    ),
+    Case(
+        "groups that do not divide a later layer",
+        lambda b: b.quantize(None, "--scheme", "w4a16", "--group-size", "64"),
+        ("groups of 64", "96 input channels of model.layers.0.mlp.down_proj", "--group-size 32 would do"),
+    ),
+    Case(
+        "groups of no size divide",
+        lambda b: b.quantize(b.model(change=narrow_mlp, intermediate_size=72), *W4A16),
+        ("groups of 32", "72 input channels of model.layers.0.mlp.down_proj", "no group size fits", "--scheme w8a8"),
+    ),
+    Case("unknown group size", lambda b: b.quantize(None, "--scheme", "w4a16", "--group-size", "17"), ("--group-size 17", "128, 64, 32")),
+    Case("group size is a word", lambda b: b.quantize(None, "--scheme", "w4a16", "--group-size", "row"), ("--group-size", "valid integer")),
+    *(
+        Case(
+            f"{options[0]} with {scheme}",
+            lambda b, scheme=scheme, options=options: b.quantize(None, "--scheme", scheme, *options),
+            (f"{options[0]} does not apply to scheme {scheme}", "leave it out"),
+        )
+        for scheme, *options in (
+            ("w8a8", "--group-size", "128"),
+            ("w8a8", "--symmetric"),
+            ("w4a16", "--activations", "token"),
+            ("w4a16", "--weights", "channel"),
+        )
+    ),
     Case(
         "unknown activations", lambda b: b.quantize(None, "--activations", "tokens"), ("'tokens'", "token, tensor, static", "Did you mean")
     ),

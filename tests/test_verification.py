@@ -21,7 +21,7 @@ from smoothquant_plus.files import write_json
 from smoothquant_plus.models.checkpoint import INDEX, Checkpoint
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
-from smoothquant_plus.verification import MANIFEST, STATISTICS, manifest, verify
+from smoothquant_plus.verification import MANIFEST, SMOOTHING, STATISTICS, manifest, verify
 from smoothquant_plus.workspace import PLAN
 
 # Every setting of each option, and each pair of activations and smoothing once or more over the two models.
@@ -37,15 +37,30 @@ SETTINGS = [
     ("opt", "tensor", "tensor", "none"),
     ("opt", "static", "channel", "norms"),
 ]
+W4A16: dict[str, Any] = {"scheme": "w4a16", "group_size": 32, "alpha": 0.5}
+W4A16_SETTINGS = [("llama", False, "all"), ("llama", True, "norms"), ("opt", False, "none"), ("opt", True, "all")]
 LINEARS = {"llama": 3 * 7, "opt": 2 * 6}
 
 
-@pytest.mark.parametrize(("name", "activations", "weights", "smooth"), SETTINGS)
+OPTIONS: dict[str, tuple[str, dict[str, Any], float]] = {
+    **{"-".join(row): (row[0], dict(zip(("activations", "weights", "smooth"), row[1:], strict=True)), 0.1) for row in SETTINGS},
+    **{
+        f"{name}-w4a16-{'symmetric' if symmetric else 'asymmetric'}-{smooth}": (
+            name,
+            {**W4A16, "symmetric": symmetric, "smooth": smooth},
+            0.12,
+        )
+        for name, symmetric, smooth in W4A16_SETTINGS
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "options", "largest"), OPTIONS.values(), ids=OPTIONS)
 def test_good_output_passes(
-    name: str, activations: str, weights: str, smooth: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+    name: str, options: dict[str, Any], largest: float, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:
     out = tmp_path / "OUT"
-    result = quantize(tiny(name), out, activations=activations, weights=weights, smooth=smooth, calibration=calibration)
+    result = quantize(tiny(name), out, calibration=calibration, **options)
 
     report = verify(out)
     assert report.files == len(list(out.iterdir())) - 1  # all but the manifest
@@ -55,12 +70,12 @@ def test_good_output_passes(
 
     report = verify(out, against=tiny(name))
     assert report.equivalence_error is not None
-    if smooth == "none":
+    if options["smooth"] == "none":
         assert report.equivalence_error == result.equivalence_error == 0.0
     else:
         assert 0.0 < report.equivalence_error < 1e-3
     assert len(report.weight_error) == LINEARS[name]
-    assert all(0.0 < error < 0.1 for error in report.weight_error.values())
+    assert all(0.0 < error < largest for error in report.weight_error.values())
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +90,19 @@ def good(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: 
 def out(good: Path, tmp_path: Path) -> Path:
     """A copy of the good output, to be corrupted."""
     return Path(shutil.copytree(good, tmp_path / "OUT"))
+
+
+@pytest.fixture(scope="module")
+def good_w4a16(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output with packed weights and zero points; not to be written to."""
+    out = tmp_path_factory.mktemp("good") / "OUT"
+    quantize(tiny(), out, smooth="all", calibration=calibration, **W4A16)
+    return out
+
+
+@pytest.fixture
+def out_w4a16(good_w4a16: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good_w4a16, tmp_path / "OUT"))
 
 
 # A linear and a norm of the second of three blocks, and the shard that they are in.
@@ -94,6 +122,17 @@ def flip(name: str) -> Callable[[Path], None]:
         start, _ = json.loads(content[8 : 8 + length])[name]["data_offsets"]
         content[8 + length + start] ^= 1
         path.write_bytes(content)
+
+    return corrupt
+
+
+def flip_first(file: str) -> Callable[[Path], None]:
+    """The lowest bit of the first value of a file of tensors."""
+
+    def corrupt(out: Path) -> None:
+        content = bytearray((out / file).read_bytes())
+        content[8 + int.from_bytes(content[:8], "little")] ^= 1
+        (out / file).write_bytes(content)
 
     return corrupt
 
@@ -185,6 +224,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         [f"{SHARD} has changed", f"{SHARD} holds '{NORM}', but it does not"],
     ),
     "missing-statistics": (remove(STATISTICS), [f"{STATISTICS} is missing"]),
+    "missing-smoothing": (remove(SMOOTHING), [f"{SMOOTHING} is missing"]),
+    "bit-of-the-smoothing": (flip_first(SMOOTHING), [f"{SMOOTHING} has changed"]),
     # Tensors.
     "another-dtype": (
         change_tensor(f"{LINEAR}.weight", Tensor.half),
@@ -278,9 +319,71 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
+def declare(**weights: Any) -> Callable[[Any], None]:
+    """A config.json that says something else of the weights."""
+    return lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(weights)
+
+
+WRONG = f"the weight of '{LINEAR}' in {SHARD} is not the one in plan.json"
+# What a 64x64 layer is in groups of 32.
+PACKED = {
+    "weight_packed": ("torch.int32", (64, 8)),
+    "weight_scale": ("torch.float16", (64, 2)),
+    "weight_zero_point": ("torch.int32", (8, 2)),
+    "weight_shape": ("torch.int64", (2,)),
+}
+W4A16_CORRUPTIONS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "nibble-of-a-weight": (flip(f"{LINEAR}.weight_packed"), [f"{SHARD} has changed", WRONG]),
+    # The lowest bit is in a four-bit number of its own.
+    "nibble-of-a-weight-refitted": (refit(flip(f"{LINEAR}.weight_packed")), [WRONG]),
+    "nibble-of-a-zero-point-refitted": (refit(flip(f"{LINEAR}.weight_zero_point")), [WRONG]),
+    "scale-refitted": (refit(flip(f"{LINEAR}.weight_scale")), [WRONG]),
+    "shape-refitted": (refit(flip(f"{LINEAR}.weight_shape")), [f"'{LINEAR}.weight_shape' is [65, 64]", "[64, 64]"]),
+    **{
+        f"missing-{suffix}-refitted": (refit(forget(f"{LINEAR}.{suffix}")), [f"tensor '{LINEAR}.{suffix}' is missing"]) for suffix in PACKED
+    },
+    **{
+        f"another-dtype-of-{suffix}-refitted": (
+            refit(change_tensor(f"{LINEAR}.{suffix}", lambda t: t.to(torch.int8))),
+            # A scale may be in any float dtype, so that only numbers of another kind are wrong.
+            [f"tensor '{LINEAR}.{suffix}' is torch.int8 {shape} and must be {dtype.replace('16', '32')} {shape}"],
+        )
+        for suffix, (dtype, shape) in PACKED.items()
+    },
+    **{
+        f"another-shape-of-{suffix}-refitted": (
+            refit(change_tensor(f"{LINEAR}.{suffix}", lambda t: t[:-1].clone())),
+            [f"tensor '{LINEAR}.{suffix}' is {dtype} {(shape[0] - 1, *shape[1:])} and must be {dtype} {shape}"],
+        )
+        for suffix, (dtype, shape) in PACKED.items()
+    },
+    "not-a-number-refitted": (
+        refit(change_tensor(f"{LINEAR}.weight_scale", lambda t: torch.where(t == t.max(), torch.nan, t))),
+        [f"'{LINEAR}.weight_scale'", SHARD, "NaN"],
+    ),
+    "config-without-zero-points-refitted": (
+        refit(change_json("config.json", declare(symmetric=True))),
+        ["config.json declares another quantization than plan.json", f"the weight of '{LINEAR}'"],
+    ),
+    "config-with-other-groups-refitted": (
+        refit(change_json("config.json", declare(group_size=64))),
+        ["config.json declares another quantization than plan.json", f"tensor '{LINEAR}.weight_scale'", "(64, 2)", "(64, 1)"],
+    ),
+}
+
+
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruption_is_named(name: str, out: Path) -> None:
-    corrupt, named = CORRUPTIONS[name]
+    assert_named(name, CORRUPTIONS[name], out)
+
+
+@pytest.mark.parametrize("name", W4A16_CORRUPTIONS)
+def test_corruption_of_packed_weights_is_named(name: str, out_w4a16: Path) -> None:
+    assert_named(name, W4A16_CORRUPTIONS[name], out_w4a16)
+
+
+def assert_named(name: str, corruption: tuple[Callable[[Path], None], list[str]], out: Path) -> None:
+    corrupt, named = corruption
     corrupt(out)
     with pytest.raises(VerificationError) as error:
         verify(out)
@@ -314,6 +417,11 @@ def test_files_beside_the_output_are_allowed(out: Path) -> None:
     verify(out)
 
 
+def drop(file: str, name: str) -> Callable[[Path], None]:
+    """A file of tensors without the tensor `name`."""
+    return lambda out: save_file({key: tensor for key, tensor in load_file(out / file).items() if key != name}, out / file)
+
+
 # Nothing but the model itself can tell of these.
 AGAINST = {
     "norm": (refit(flip(NORM)), [f"'{NORM}'", SHARD]),
@@ -332,21 +440,42 @@ AGAINST = {
         refit(lambda out: save_file({k: v * 2 for k, v in load_file(out / STATISTICS).items()}, out / STATISTICS)),
         ["model.layers.0."],
     ),
+    "missing-statistics": (refit(remove(STATISTICS)), [f"{STATISTICS} is missing"]),
+    "statistics-of-one-linear": (refit(drop(STATISTICS, LINEAR)), [LINEAR, STATISTICS]),
+    "damaged-statistics": (refit(truncate(STATISTICS, 100)), [STATISTICS]),
+    "damaged-smoothing": (refit(truncate(SMOOTHING, 100)), [SMOOTHING]),
+    "smoothing": (refit(flip_first(SMOOTHING)), ["model.layers.0.", SMOOTHING]),
+    "missing-smoothing": (refit(remove(SMOOTHING)), [f"{SMOOTHING} is missing"]),
+    "smoothing-of-one-norm": (refit(drop(SMOOTHING, NORM.removesuffix(".weight"))), [NORM.removesuffix(".weight"), SMOOTHING]),
+}
+W4A16_AGAINST = {
+    # The same numbers, in another dtype.
+    "dtype-of-a-scale": (refit(change_tensor(f"{LINEAR}.weight_scale", Tensor.float)), [f"'{LINEAR}.weight_scale'", SHARD]),
+    "missing-smoothing": AGAINST["missing-smoothing"],
 }
 
 
 @pytest.mark.parametrize("name", AGAINST)
 def test_refitted_corruption_is_seen_against_the_model(name: str, out: Path, tiny: Callable[..., Path]) -> None:
-    corrupt, named = AGAINST[name]
+    assert_seen(AGAINST[name], out, tiny())
+
+
+@pytest.mark.parametrize("name", W4A16_AGAINST)
+def test_refitted_corruption_of_packed_weights_is_seen_against_the_model(name: str, out_w4a16: Path, tiny: Callable[..., Path]) -> None:
+    assert_seen(W4A16_AGAINST[name], out_w4a16, tiny())
+
+
+def assert_seen(corruption: tuple[Callable[[Path], None], list[str]], out: Path, model: Path) -> None:
+    corrupt, named = corruption
     corrupt(out)
     verify(out)
     with pytest.raises(VerificationError) as error:
-        verify(out, against=tiny())
+        verify(out, against=model)
     for words in named:
         assert words in str(error.value)
 
 
-def test_against_other_weights(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_other_weights(good: Path, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = families.write("llama", tmp_path / "other", seed=1)
     with pytest.raises(VerificationError, match=r"was not made of .*the shards"):
         verify(good, against=other)
@@ -354,8 +483,12 @@ def test_against_other_weights(good: Path, tmp_path: Path, monkeypatch: pytest.M
     # In a large shard the difference may lie where the fingerprint does not look.
     fingerprint = json.loads((good / PLAN).read_text())["recipe"]["model"]
     monkeypatch.setattr(Checkpoint, "fingerprint", lambda checkpoint: fingerprint)
-    with pytest.raises(VerificationError, match=r"'model\.layers\.0\..*is that the model it was made of"):
+    with pytest.raises(VerificationError, match=r"the factors of 'model\.layers\.0\..*smoothing\.safetensors are not what "):
         verify(good, against=other)
+    plain = tmp_path / "plain"
+    quantize(tiny(), plain, smooth="none")
+    with pytest.raises(VerificationError, match=r"'model\.layers\.0\..*is that the model it was made of"):
+        verify(plain, against=other)
 
 
 def test_against_another_dtype(good: Path, tiny: Callable[..., Path]) -> None:

@@ -143,7 +143,7 @@ def quantize(
         smooth=smooth,
         alpha=alpha,
         calibration=calibration,
-        search=Search(samples_search, None if search_memory is None else int(search_memory * 1e9)),
+        search=Search(samples_search, None if search_memory is None else search_memory * 1e9),
     )
 
     def human() -> None:

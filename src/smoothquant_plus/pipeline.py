@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme, find_scheme
+from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, Stream, linears
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, quantization_config, read_config, write_index, write_shard
 from smoothquant_plus.models.families import Pair, active_pairs
@@ -95,19 +96,22 @@ def quantize(
     strength = choose_alpha(decoder, chosen, smooth, alpha, notes)
     needs_maxima = smooth != "none" or chosen.static
     needs_runs = smooth != "none" or (needs_maxima and calibration.statistics is None)
+    searched = 0  # streams of hidden states that a search keeps
+    if isinstance(strength, str):
+        check_search(calibration, search, strength)
+        searched = 1 if strength == "block" else 1 + len(GRID)
     check_calibration(decoder, calibration, needs_maxima)
     if chosen.inputs is not None and chosen.inputs.dynamic and chosen.inputs.strategy == "tensor":
         notes.append("vLLM has no dynamic per-tensor activations: this checkpoint is for this package and transformers.")
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
-    if isinstance(strength, str):
-        check_search(calibration, search, strength)
+    if searched:
         recipe["samples_search"] = search.samples
 
     with Workspace(output, recipe, environment(decoder)) as work:
         if not work.complete:
             samples = read_samples(decoder, calibration) if needs_runs else None
             work.check_samples(samples.batches if samples else [])
-            check_space(decoder, work, chosen, samples, search if strength == "model" and not work.search_result.is_file() else None)
+            check_space(decoder, work, chosen, samples, search, 0 if work.search_result.is_file() else searched)
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
             pairs = list(active_pairs(decoder.family, decoder.config, smooth))

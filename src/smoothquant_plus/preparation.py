@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,6 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, linears, load_config
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_alpha
@@ -114,8 +114,8 @@ def check_search(calibration: Calibration, search: Search, alpha: str) -> None:
         raise InputError(f"--alpha {alpha} measures the loss on calibration text: give --text FILE, or a number as --alpha.")
     if search.samples < 1:
         raise InputError(f"--samples-search {search.samples}: at least 1 sample is needed.")
-    if search.memory is not None and search.memory < 0:
-        raise InputError("--search-memory must not be negative.")
+    if search.memory is not None and not 0 <= search.memory < math.inf:
+        raise InputError(f"--search-memory {search.memory / 1e9:g}: give a number of GB that is not negative.")
 
 
 def check_groups(decoder: Decoder, scheme: Scheme) -> None:
@@ -132,13 +132,13 @@ def check_groups(decoder: Decoder, scheme: Scheme) -> None:
             )
 
 
-def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search | None) -> None:
+def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search, searched: int) -> None:
     """Raises InputError when the disk cannot hold what is still to be written: the output, and the hidden states that an interrupted run
-    continues from, those of two blocks for a moment; with `search`, those of all candidates too."""
+    continues from, those of two blocks for a moment; so too those of the `searched` streams that a search keeps."""
     free = shutil.disk_usage(work.root).free
     tokens = 2 * samples.tokens if samples else 0
-    if samples and search:
-        tokens += 2 * (1 + len(GRID)) * sum(samples.batches[batch].numel() for batch in search.choose(samples.batches))
+    if samples and searched:
+        tokens += 2 * searched * sum(samples.batches[batch].numel() for batch in search.choose(samples.batches))
     streams = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
     needed = quantized_bytes(decoder, scheme) + streams - written

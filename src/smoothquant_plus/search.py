@@ -40,14 +40,14 @@ class Search:
     states may take (None: a quarter of what is free); those beyond it are memory-mapped files."""
 
     samples: int = 16
-    memory: int | None = None
+    memory: float | None = None
 
     def choose(self, batches: Sequence[Any]) -> list[int]:
         """Which of the calibration batches the search runs, evenly spread."""
         count = min(self.samples, len(batches))
         return [number * len(batches) // count for number in range(count)]
 
-    def budget(self) -> int:
+    def budget(self) -> float:
         return psutil.virtual_memory().available // 4 if self.memory is None else self.memory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import Decoder, build_skeleton, disk_names, linears, load_config
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
 from smoothquant_plus.models.families import active_pairs, find_family
+from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.progress import steps
 from smoothquant_plus.text import synthetic_samples
@@ -162,14 +164,16 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     if source.fingerprint() != made_of:
         differs = "config.json" if source.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
         raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
-    for name in (STATISTICS, SMOOTHING):
-        if not (directory / name).is_file():
-            raise VerificationError(f"{directory / name} is missing: without it nothing can be made again.")
     decoder = Decoder(source)
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])
     pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))
-    statistics, factors = load_file(directory / STATISTICS), load_file(directory / SMOOTHING)
+    statistics, factors = _load(directory / STATISTICS), _load(directory / SMOOTHING)
+    if pairs or scheme.static or statistics:
+        try:
+            statistics = read_statistics(directory / STATISTICS, decoder)
+        except InputError as damage:
+            raise VerificationError(str(damage)) from damage
     stream = decoder.embed(synthetic_samples(decoder.config.vocab_size).batches)
     report.equivalence_error = 0.0
     in_blocks: set[str] = set()
@@ -185,7 +189,7 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                     error = prove_equivalent(decoder, block, index, stream, reference, smoothed)
                     report.equivalence_error = max(report.equivalence_error, error)
                     for pair in smoothed:
-                        stored = factors.get(f"{path}.{pair.source}")
+                        stored = factors.pop(f"{path}.{pair.source}", None)
                         if stored is None or not torch.equal(stored, pair.s):
                             raise VerificationError(
                                 f"the factors of '{path}.{pair.source}' in {directory / SMOOTHING} are not what {model} gives."
@@ -197,6 +201,8 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                 _compare(written, expected, model)
             stream.hidden = reference
             progress.step()
+    for name in factors:
+        raise VerificationError(f"'{name}' in {directory / SMOOTHING} is not of a norm or linear that was smoothed.")
     from_blocks = {name for index in range(len(decoder)) for name in decoder.block_tensors(index)}
     outside = [name for name in source.tensors if name not in from_blocks]
     for name in outside:
@@ -204,6 +210,13 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     for name in written.tensors:
         if name not in in_blocks and name not in outside:
             raise VerificationError(f"'{name}' in {directory / written.tensors[name].shard} does not come from {model}.")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise VerificationError(f"{path} is missing or damaged ({error}): without it nothing can be made again.") from error
 
 
 def _compare(written: Checkpoint, expected: dict[str, Tensor], model: Path) -> None:

@@ -74,7 +74,9 @@ def _quantize_groups(weight: Tensor, quant: Quant, scale_dtype: torch.dtype) -> 
     low, high = groups.amin(dim=-1).clamp_(max=0), groups.amax(dim=-1).clamp_(min=0)
     scale = round_up(torch.maximum(high / INT4_MAX, low / INT4_MIN) if quant.symmetric else (high - low) / 15, scale_dtype)
     if not torch.isfinite(scale).all():
-        raise ValueError(f"the scale of a group overflows {str(scale_dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"the scale of a group overflows {str(scale_dtype).removeprefix('torch.')}: convert the checkpoint to bfloat16, or choose another --alpha"
+        )
     steps = scale.float()
     zero_point = None if quant.symmetric else (torch.round(-low / steps) + INT4_MIN).to(torch.int8)
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -121,7 +123,9 @@ def pack_int4(values: Tensor) -> Tensor:
     """4-bit integers -8..7, int8 (..., K) with K even, two a byte: uint8 (..., K / 2), stored with 8 added, the first of each two in the low
     half. Viewed as little-endian int32 these are the bytes of compressed-tensors' pack-quantized format."""
     unsigned = (values - INT4_MIN).view(torch.uint8)
-    return (unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)).contiguous()
+    # A clone, not contiguous(): that returns a tensor with a dimension of one as it is, whatever strides that has, and no view as int32
+    # could be taken of it.
+    return (unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)).clone(memory_format=torch.contiguous_format)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ def read_linear(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, co
         )
     zero_point = tensors.get("weight_zero_point")
     if zero_point is not None:
-        zero_point = unpack_int4(zero_point.t().contiguous().view(torch.uint8))[:, :rows].t().contiguous()
+        zero_point = unpack_int4(zero_point.t().clone(memory_format=torch.contiguous_format).view(torch.uint8))[:, :rows].t().contiguous()
     values = unpack_int4(tensors["weight_packed"].view(torch.uint8))
     return QuantizedWeight(values, tensors["weight_scale"], scheme.weights, zero_point), None
 
