@@ -12,7 +12,7 @@ dev: .venv/dev
 demo: setup
 	$(BIN)/sqplus demo
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -81,7 +81,7 @@ def search_model(
 
 
 def run_candidates(
-    decoder: Decoder, journal: Journal, scheme: Scheme, pairs: Sequence[Pair], samples: Samples, chosen: list[int], budget: int
+    decoder: Decoder, journal: Journal, scheme: Scheme, pairs: Sequence[Pair], samples: Samples, chosen: list[int], budget: float
 ) -> Streams:
     """Take the full-precision stream and one stream for each candidate through all blocks."""
     stream = decoder.embed(samples.batches)
