@@ -1,6 +1,6 @@
 """What quantization costs, on models that were trained, with activation outliers planted in them.
 
-The shipped model and the one trained here are far smaller than the models that grow outliers by themselves, so three channels of each norm
+The shipped model and the one trained here are far smaller than the models that grow outliers by themselves, so some channels of each norm
 are made 100 times larger by an exactly equivalent rewrite (demo/outliers.py). Perplexity is on text that neither training nor calibration saw.
 """
 
