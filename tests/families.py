@@ -3,16 +3,68 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BloomConfig,
+    CLIPVisionConfig,
+    CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    Mistral3Config,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+    Starcoder2Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from smoothquant_plus.models.blocks import Decoder, is_transposed, linears
+from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.families import active_pairs
+from smoothquant_plus.models.transform import smooth_block
+from smoothquant_plus.runtime.load import load
 
 VOCABULARY = 257  # every byte, and the end of the sequence
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256, "max_position_embeddings": 256}
+
+LLAMA_SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
 # One tiny configuration for each layout that a family's row must be right about.
 TINY: dict[str, Any] = {
@@ -49,6 +101,110 @@ TINY: dict[str, Any] = {
         tie_word_embeddings=False,
         **COMMON,
     ),
+    "qwen2": Qwen2Config(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "qwen3": Qwen3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=32, **COMMON),
+    "gemma": GemmaConfig(**LLAMA_SHAPE, num_key_value_heads=1, head_dim=16, **COMMON),
+    "gemma2": Gemma2Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, **COMMON),
+    "gemma3": Gemma3TextConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, **COMMON),
+    "olmo2": Olmo2Config(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "cohere": CohereConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "phi3": Phi3Config(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "glm": GlmConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, attention_bias=True, **COMMON),
+    "glm4": Glm4Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, attention_bias=True, **COMMON),
+    "starcoder2": Starcoder2Config(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "bloom": BloomConfig(hidden_size=64, n_layer=2, n_head=4, **COMMON),
+    "gpt_neox": GPTNeoXConfig(**LLAMA_SHAPE, tie_word_embeddings=False, **COMMON),
+    "gptj": GPTJConfig(
+        n_embd=64, n_layer=2, n_head=4, n_positions=256, rotary_dim=8, **{k: COMMON[k] for k in COMMON if "position" not in k}
+    ),
+    "falcon-7b": FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **COMMON),
+    "falcon-40b": FalconConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True, **COMMON
+    ),
+    "falcon-one-norm": FalconConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        num_ln_in_parallel_attn=1,
+        **COMMON,
+    ),
+    "falcon-rw": FalconConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=False,
+        parallel_attn=False,
+        alibi=True,
+        bias=True,
+        **COMMON,
+    ),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **{k: COMMON[k] for k in COMMON if "position" not in k}),
+    "mixtral": MixtralConfig(**LLAMA_SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **COMMON),
+    "qwen2-moe": Qwen2MoeConfig(
+        **LLAMA_SHAPE, num_key_value_heads=2, num_experts=4, shared_expert_intermediate_size=64, mlp_only_layers=[1], **MIXTURE, **COMMON
+    ),
+    "qwen3-moe": Qwen3MoeConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=32, num_experts=4, **MIXTURE, **COMMON),
+    "deepseek-v2-lite": DeepseekV2Config(
+        **LLAMA_SHAPE,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        **LATENT,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "deepseek-v3": DeepseekV3Config(
+        **LLAMA_SHAPE,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        **LATENT,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "llava": LlavaConfig(
+        text_config=LlamaConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        image_token_index=255,
+    ),
+    "llava-next": LlavaNextConfig(
+        text_config=MistralConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        image_token_index=255,
+    ),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+        vision_config=PixtralVisionConfig(**VISION),
+        image_token_index=255,
+    ),
+    "gemma3-vision": Gemma3Config(
+        text_config=Gemma3TextConfig(
+            **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, **COMMON
+        ),
+        vision_config=SiglipVisionConfig(**VISION),
+        image_token_index=255,
+        boi_token_index=253,
+        eoi_token_index=254,
+        mm_tokens_per_image=4,
+    ),
+}
+
+# What transformers' own loader cannot read, per scheme, and why.
+FUSED = "its loader stacks the experts' weights into one tensor, and cannot do that with integers"
+CONV1D = "the layers are Conv1D there, and compressed-tensors quantizes nn.Linear"
+OWN_LINEAR = "its linear layers read their weight themselves, past compressed-tensors"
+UNREADABLE: dict[tuple[str, str], str] = {
+    **{(name, "w8a8"): FUSED for name in ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3")},
+    **{("gpt2", scheme): CONV1D for scheme in ("w8a8", "w4a16")},
+    **{(name, "w4a16"): OWN_LINEAR for name in ("falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")},
 }
 
 TEXT = "".join(f"{i} times {i + 7} is {i * (i + 7)}; the square of {i} is {i * i}.\n" for i in range(400))
@@ -67,7 +223,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def build(name: str, seed: int = 0) -> Any:
     """The tiny model `name`, float32, with norm gains, biases and weights far from their initial values."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(TINY[name]), dtype=torch.float32).eval()
+    config = copy.deepcopy(TINY[name])
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -79,8 +236,67 @@ def build(name: str, seed: int = 0) -> Any:
     return model
 
 
+def auto_class(config: Any) -> Any:
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def save(model: Any, like: Path, directory: Path) -> Path:
+    """A model that `load` gave of the directory `like`, with other weights, as a directory of the same kind."""
+    decoder = Decoder(Checkpoint(like))
+    shutil.copytree(like, directory, ignore=lambda _, names: [name for name in names if "safetensors" in name])
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        disk = next((d for d in decoder.family.spellings(name) if d in decoder.checkpoint.tensors), None)
+        if disk is not None:
+            tensors[disk] = (tensor.t() if is_transposed(decoder.family, name, tensor) else tensor).clone(
+                memory_format=torch.contiguous_format
+            )
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def write(name: str, directory: Path, dtype: torch.dtype = torch.float16, seed: int = 0, shard_size: str = "50KB") -> Path:
     """The tiny model `name` as a model directory of several shards, with a tokenizer."""
     build(name, seed).to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     make_tokenizer().save_pretrained(directory)
     return directory
+
+
+# Text like the calibration's, so that static scales fit it.
+IDS = make_tokenizer()(TEXT[1000:1040], return_tensors="pt")["input_ids"]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Whatever a model computes in float32, such as its norms, stays in float64."""
+    to, as_float = torch.Tensor.to, torch.Tensor.float
+
+    def exactly(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        exact = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        return to(tensor, *exact, **{key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()})
+
+    torch.Tensor.to, torch.Tensor.float = exactly, torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = to, as_float
+
+
+@torch.no_grad()
+def change_by_smoothing(directory: Path, dtype: torch.dtype, smooth: str) -> float:
+    """How far the logits move when every declared pair of every block is smoothed with random factors."""
+    model, decoder = load(directory, dtype=dtype), Decoder(Checkpoint(directory), dtype)
+    before = model(IDS).logits
+    generator = torch.Generator().manual_seed(1)
+    pairs = list(active_pairs(decoder.family, decoder.config, smooth))
+    assert pairs
+    for index, block in enumerate(model.get_submodule(decoder.family.blocks)):
+        layers = linears(block, decoder.family)
+        maxima = {name: 10 ** (torch.rand(linear.in_features, generator=generator) * 4 - 2) for name, linear in layers.items()}
+        smoothed = smooth_block(decoder, index, block, pairs, maxima, 0.7)
+        assert smoothed and all(pair.s.max() / pair.s.min() > 1.2 for pair in smoothed)
+    return relative(model(IDS).logits, before)

@@ -305,12 +305,22 @@ CASES = [
     ),
     Case("evaluate nothing", lambda b: b.evaluate(b.here / "nowhere"), ("no such model directory", "/nowhere")),
     Case("generate from nothing", lambda b: ["generate", b.here / "nowhere", "--prompt", "a"], ("no such model directory", "/nowhere")),
-    Case("family not supported", lambda b: b.quantize(b.model(model_type="gpt2")), ("model_type 'gpt2'", "Supported: llama")),
+    Case("family not supported", lambda b: b.quantize(b.model(model_type="xglm")), ("model_type 'xglm'", "Supported: llama")),
     Case("no family", lambda b: b.quantize(b.model(model_type=None)), ("model_type", "config.json", "Supported: llama")),
     Case(
         "remote code",
         lambda b: b.quantize(b.model(model_type="new", auto_map={"AutoConfig": "new.Config"})),
         ("/model", "auto_map", "not run", "Use a version"),
+    ),
+    Case(
+        "remote code of a family that has a version of its own",
+        lambda b: b.quantize(b.model(model_type="chatglm", auto_map={"AutoConfig": "new.Config"})),
+        ("auto_map", "not run", "Did you mean 'glm'?"),
+    ),
+    Case(
+        "refused layout of BLOOM",
+        lambda b: b.quantize(b.model("bloom", apply_residual_connection_post_layernorm=True)),
+        ("'bloom'", "cannot be smoothed", "residual stream", "Other layouts of family 'bloom' can"),
     ),
     Case("refused layout", lambda b: b.quantize(b.model("opt", do_layer_norm_before=False)), ("'opt'", "cannot be smoothed", "OPT-350m")),
     Case("a word for a number", lambda b: b.quantize(b.model(hidden_size="wide")), ("/model/config.json", "hidden_size")),

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import families
+import family_table
 from smoothquant_plus.cli import app
+from smoothquant_plus.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,3 +77,12 @@ def test_examples(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(path.read_text().splitlines()) <= 40
         monkeypatch.setattr("sys.argv", [str(path), *arguments])
         runpy.run_path(str(path), run_name="__main__")
+
+
+def test_table_of_families_says_what_the_rows_say() -> None:
+    _, body, _ = re.split(f"{family_table.BEGIN}|{family_table.END}", family_table.PAGE.read_text())
+    header, _, *lines = body.strip().splitlines()
+    assert header == family_table.HEADER
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert all(float(cells.pop(4)) <= 1e-9 for cells in written)
+    assert written == [family_table.row(name, family) for name, family in FAMILIES.items()]

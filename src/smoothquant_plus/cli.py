@@ -28,6 +28,10 @@ Text = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="FILE", help="A .txt or .jsonl file, or hf:NAME?config=..&split=..&column=.. ; may be repeated."),
 ]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A .json file that declares the family of a model which this package does not know."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples, spread evenly over the text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sample.")]
@@ -114,6 +118,7 @@ def quantize(
         ),
     ] = "default",
     text: Text = None,
+    pairs: Pairs = None,
     statistics: Annotated[Path | None, typer.Option(help="Published activation maxima (.safetensors or .pt), instead of --text.")] = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -143,6 +148,7 @@ def quantize(
         smooth=smooth,
         alpha=alpha,
         calibration=calibration,
+        pairs=pairs,
         search=Search(samples_search, None if search_memory is None else search_memory * 1e9),
     )
 
@@ -165,13 +171,14 @@ def calibrate(
     seq_len: SeqLen = 512,
     compute_dtype: ComputeDtype = "float32",
     device: Device = "cpu",
+    pairs: Pairs = None,
     as_json: Json = False,
 ) -> None:
     """Measure the per-channel activation maxima of MODEL alone, for `quantize --statistics` and for other tools."""
     from smoothquant_plus.pipeline import calibrate as run
     from smoothquant_plus.preparation import Calibration
 
-    path = run(model, output, calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device))
+    path = run(model, output, calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device), pairs=pairs)
     show({"output": str(path)}, as_json, lambda: out.print(str(path)))
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
-from smoothquant_plus.models.blocks import build_skeleton, load_config
-from smoothquant_plus.models.families import active_pairs, find_family, published_alpha
+from smoothquant_plus.models.blocks import build_skeleton, declared_family, decoder_blocks, load_config, open_family
+from smoothquant_plus.models.families import active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 
 
@@ -33,12 +33,12 @@ class Inspection:
 
 
 def inspect(model: str | Path, samples: int = 128, seq_len: int = 512) -> Inspection:
-    """Family, pairs, sizes and memory of a model directory in which config.json is enough. Raises InputError as `find_family` does."""
+    """Family, pairs, sizes and memory of a model directory in which config.json is enough. Raises InputError as `open_family` does."""
     config = load_config(Path(model))
-    name, family = find_family(config)
+    name, family = open_family(config, declared_family(Path(model)))
     dtype = config.dtype or torch.float16
     skeleton: nn.Module = build_skeleton(config, dtype)
-    active = list(active_pairs(family, config, "all"))
+    active = list(active_pairs(family, config.get_text_config(), "all"))
     pairs = [{"source": pair.source, "sinks": list(pair.sinks), "smooth": pair.when} for pair in active]
     sizes = {str(dtype).removeprefix("torch."): stored_bytes(skeleton, family, None)}
     sizes |= {scheme: stored_bytes(skeleton, family, found) for scheme, found in SCHEMES.items() if found.weights.group_size is None}
@@ -47,9 +47,9 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512) -> Inspec
     return Inspection(
         family=name,
         model_type=config.model_type,
-        blocks=len(list(skeleton.get_submodule(family.blocks).children())),
+        blocks=len(decoder_blocks(skeleton, family)),
         parameters=sum(p.numel() for p in skeleton.parameters()),
-        alpha=published_alpha(family, config),
+        alpha=published_alpha(family, config.get_text_config()),
         pairs=pairs,
         sizes=sizes,
         block_parameters=largest_block(skeleton, family),

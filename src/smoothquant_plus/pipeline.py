@@ -17,9 +17,12 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme, find_scheme
 from smoothquant_plus.method.search import GRID
-from smoothquant_plus.models.blocks import Decoder, Stream, linears
+from smoothquant_plus.method.statistics import ChannelMaxima
+from smoothquant_plus.models.blocks import Decoder, Stream
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, quantization_config, read_config, write_index, write_shard
-from smoothquant_plus.models.families import Pair, active_pairs
+from smoothquant_plus.models.coverage import coverage, summary
+from smoothquant_plus.models.experts import recorded, tokens_of_experts
+from smoothquant_plus.models.families import FAMILY_FILE, Pair
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.preparation import (
@@ -29,6 +32,7 @@ from smoothquant_plus.preparation import (
     check_search,
     check_space,
     choose_alpha,
+    choose_pairs,
     describe,
     environment,
     open_decoder,
@@ -45,6 +49,16 @@ QUANTIZED = "quantized"  # the stream that runs through quantized blocks
 
 # What a finished block keeps, by the beginning of the names: its inputs' maxima and its smoothing factors.
 MAXIMA, FACTORS = "maxima/", "factors/"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to every block; `alpha` is 'block' when each block searches its own."""
+
+    scheme: Scheme
+    smooth: str
+    pairs: Sequence[Pair]
+    alpha: float | str | None
 
 
 @dataclass(frozen=True)
@@ -77,23 +91,26 @@ def quantize(
     alpha: str | float = "default",
     calibration: Calibration = NO_TEXT,
     search: Search = Search(),  # noqa: B008 (frozen)
+    pairs: str | Path | None = None,
 ) -> Result:
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
     `scheme` is 'w8a8' or 'w4a16'. For w8a8 `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or
     'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `smooth` is 'none', 'norms' or 'all'.
     `alpha` is a number in 0..1; 'model', searched by the loss of the whole quantized model (SmoothQuant+); 'block', searched for each
-    block by itself; or 'default', the family's published value for w8a8 and 'model' for w4a16. Killed at any moment, the same call
-    continues where it was and gives the same bytes.
+    block by itself; or 'default', the family's published value for w8a8 and 'model' for w4a16. `pairs` is a file that declares
+    the family of a model that has no row of its own (docs/add-a-family.md). Killed at any moment, the same call continues where it was and
+    gives the same bytes.
     Raises InputError for input that cannot be used, VerificationError when smoothing turned out to change the function.
     """
     start = time.monotonic()
     model, output = Path(model), Path(output)
     chosen = find_scheme(scheme, activations, weights, group_size, symmetric)
-    decoder = open_decoder(model, calibration)
+    decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
     check_groups(decoder, chosen)
     notes: list[str] = []
     strength = choose_alpha(decoder, chosen, smooth, alpha, notes)
+    active = choose_pairs(decoder, smooth)
     needs_maxima = smooth != "none" or chosen.static
     needs_runs = smooth != "none" or (needs_maxima and calibration.statistics is None)
     searched = 0  # streams of hidden states that a search keeps
@@ -114,13 +131,13 @@ def quantize(
             check_space(decoder, work, chosen, samples, search, 0 if work.search_result.is_file() else searched)
             copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
             facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
-            pairs = list(active_pairs(decoder.family, decoder.config, smooth))
             if strength == "model":
                 assert samples is not None
-                found = search_model(decoder, work, chosen, pairs, samples, search)
+                found = search_model(decoder, work, chosen, active, samples, search)
                 facts["search"], strength = found, found["alpha"]
                 notes.append(search_note(found))
-            quantize_blocks(decoder, work, chosen, pairs, strength, calibration, samples, search)
+            quantize_blocks(decoder, work, Method(chosen, smooth, active, strength), calibration, samples, search)
+            notes += summary(work.blocks.records())
             finish(decoder, work, chosen, recipe, {"alpha": strength, **facts})
             verify(work.directory)
             work.publish(work.directory)
@@ -147,9 +164,7 @@ def quantize(
 def quantize_blocks(
     decoder: Decoder,
     work: Workspace,
-    scheme: Scheme,
-    pairs: Sequence[Pair],
-    alpha: float | str | None,
+    method: Method,
     calibration: Calibration,
     samples: Samples | None,
     search: Search,
@@ -157,10 +172,10 @@ def quantize_blocks(
     """Every block that is not done yet, one in memory at a time."""
     given = read_statistics(Path(calibration.statistics), decoder) if calibration.statistics else None
     stream = open_stream(decoder, work.blocks, samples)
-    quantized = open_quantized_stream(work.blocks, stream, search) if alpha == "block" and stream is not None else None
+    quantized = open_quantized_stream(work.blocks, stream, search) if method.alpha == "block" and stream is not None else None
     with steps("block", len(decoder), work.blocks.done) as progress:
         for index in range(work.blocks.done, len(decoder)):
-            record = quantize_one(decoder, work, index, scheme, pairs, alpha, stream, quantized, given, progress)
+            record = quantize_one(decoder, work, index, method, stream, quantized, given, progress)
             for name, states in ((FULL, stream), (QUANTIZED, quantized)):
                 if states is not None:
                     states.hidden = work.blocks.stream(name)
@@ -171,9 +186,7 @@ def quantize_one(
     decoder: Decoder,
     work: Workspace,
     index: int,
-    scheme: Scheme,
-    pairs: Sequence[Pair],
-    alpha: float | str | None,
+    method: Method,
     stream: Stream | None,
     quantized_stream: Stream | None,
     given: dict[str, Tensor] | None,
@@ -182,25 +195,39 @@ def quantize_one(
     """Block `index` from the model's weights to its shard: what plan.json says of it. All else that was made of it is on disk alone
     afterwards: its weights as integers, the maxima of its inputs, and the original block's outputs."""
     error, smoothed, found = 0.0, [], None
+    alpha: Any = method.alpha
     with decoder.block(index) as block:
-        maxima, outputs = measure(decoder, block, index, stream, given, progress)
+        with recorded(block) as routing:
+            measured, outputs = measure(decoder, block, index, stream, progress)
+        maxima = {name: channels.maxima for name, channels in measured.items()}
+        if given is not None:
+            maxima = {name: given[f"{decoder.path(index)}.{name}"] for name in decoder.linears(index)}
         kept = {f"{MAXIMA}{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
         if decoder.dtype != torch.float32:
             decoder.materialize(index, torch.float32)  # from the disk again: a tensor may be stored in more bits than were computed in
-        if pairs and alpha is not None and stream is not None:
-            reference = outputs if decoder.dtype == torch.float32 else decoder.run_all(block, index, stream, torch.float32)
+        if method.pairs and alpha is not None and stream is not None:
+            reference = outputs
+            if decoder.dtype != torch.float32:
+                with recorded(block) as routing:
+                    reference = decoder.run_all(block, index, stream, torch.float32)
             if quantized_stream is not None:
-                alpha, found, after = search_block(decoder, block, index, scheme, pairs, maxima, quantized_stream, progress.part)
+                alpha, found, after = search_block(
+                    decoder, block, index, method.scheme, method.pairs, maxima, quantized_stream, progress.part
+                )
                 work.blocks.keep_stream(index + 1, QUANTIZED, after)
                 del after
             if alpha is not None:
-                smoothed = smooth_block(decoder, index, block, pairs, maxima, float(alpha))
-                error = prove_equivalent(decoder, block, index, stream, reference, smoothed, halves(progress, 0.5, len(reference)))
-        quantized = quantize_block(decoder, index, block, scheme, maxima)
+                smoothed = smooth_block(decoder, index, block, method.pairs, maxima, alpha)
+                part = halves(progress, 0.5, len(reference))
+                error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed, part)
+        quantized = quantize_block(decoder, index, block, method.scheme, maxima)
         write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
     record = record_of(smoothed, quantized, error, alpha)
+    record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, alpha)
     if found is not None:
         record["search"] = found
+    if experts := tokens_of_experts(measured):
+        record["experts"] = {"tokens": experts, "rerouted_tokens": routing.flipped}
     if stream is not None:
         work.blocks.keep_stream(index + 1, FULL, outputs)
     kept |= {f"{FACTORS}{decoder.path(index)}.{pair.source}": pair.s for pair in smoothed}
@@ -239,17 +266,10 @@ def open_quantized_stream(journal: Journal, stream: Stream, search: Search) -> S
 
 
 def measure(
-    decoder: Decoder, block: nn.Module, index: int, stream: Stream | None, given: dict[str, Tensor] | None, progress: Steps
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The input maxima of the block's linears, measured or given, and the original block's outputs per batch."""
-    maxima: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
-    if stream is not None:
-        measured, outputs = decoder.measure(block, index, stream, halves(progress, 0.0, len(stream.hidden)))
-        maxima = {name: channels.maxima for name, channels in measured.items()}
-    if given is not None:
-        maxima = {name: given[f"{decoder.path(index)}.{name}"] for name in linears(block)}
-    return maxima, outputs
+    decoder: Decoder, block: nn.Module, index: int, stream: Stream | None, progress: Steps
+) -> tuple[dict[str, ChannelMaxima], list[Tensor]]:
+    """The input maxima of the block's linears and the original block's outputs per batch; nothing without a stream."""
+    return decoder.measure(block, index, stream, halves(progress, 0.0, len(stream.hidden))) if stream is not None else ({}, [])
 
 
 def halves(progress: Steps, offset: float, batches: int) -> Callable[[int], None]:
@@ -293,14 +313,31 @@ def copy_outside(decoder: Decoder, directory: Path) -> None:
             write_shard(directory / shard_name(decoder, number), {name: decoder.checkpoint.read(name) for name in names})
 
 
+def unquantized(decoder: Decoder) -> list[str]:
+    """The linear layers that stay as they are, routers too, under the checkpoint's names: what its readers must not look for integers in."""
+    inside = [set(decoder.linears(index)) for index in range(len(decoder))]
+    names = []
+    for name, module in decoder.model.named_modules():
+        if decoder.in_blocks(name):
+            number, _, path = name.removeprefix(f"{decoder.family.blocks}.").partition(".")
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.ndim == 2 and path not in inside[int(number)]:
+                names.append(decoder.disk_name(f"{name}.weight").removesuffix(".weight"))
+        elif isinstance(module, nn.Linear):
+            names.append(name)
+    return names
+
+
 def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """What makes the shards a checkpoint: index, config, tokenizer, statistics, plan, and the manifest over all of them."""
     directory, source = work.directory, decoder.checkpoint.directory
     for name in COMPANIONS:
         if (source / name).is_file():
             write_bytes(directory / name, (source / name).read_bytes())
+    if decoder.declared:
+        write_bytes(directory / FAMILY_FILE, decoder.declared.read_bytes())
     config = read_config(source)
-    ignore = [name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear) and not decoder.in_blocks(name)]
+    ignore = unquantized(decoder)
     write_json(directory / CONFIG, {**config, "quantization_config": quantization_config(scheme, ignore)})
     write_index(directory)
     for kind, file in ((MAXIMA, STATISTICS), (FACTORS, SMOOTHING)):
@@ -318,7 +355,7 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
     write_json(directory / MANIFEST, manifest(directory))
 
 
-def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration) -> Path:
+def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration, pairs: str | Path | None = None) -> Path:
     """Measure the per-channel maxima of every linear's input on the calibration text and write them alone, as one safetensors file.
 
     Resumes like `quantize`. Raises InputError as it does.
@@ -328,7 +365,7 @@ def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration
         raise InputError(f"{output}: statistics are written as safetensors; give a name that ends in .safetensors.")
     if calibration.statistics:
         raise InputError("calibrate measures statistics: give it text.")
-    decoder = open_decoder(model, calibration)
+    decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
     check_calibration(decoder, calibration, needed=True)
     recipe = {"calibrate": True, **describe(decoder, calibration)}
     with Workspace(output, recipe, environment(decoder)) as work:

@@ -16,9 +16,9 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, linears, load_config
+from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, declared_family, load_config, open_family
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
-from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, published_alpha
+from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, quantized_bytes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.progress import note
@@ -49,7 +49,7 @@ class Calibration:
         return as_texts(self.text)
 
 
-def open_decoder(model: Path, calibration: Calibration) -> Decoder:
+def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -> Decoder:
     """The model as a stream of blocks. Raises InputError for a quantized one, an unknown family, or a device that is not there."""
     if calibration.compute_dtype not in COMPUTE_DTYPES:
         raise InputError(f"unknown compute dtype '{calibration.compute_dtype}': choose {' or '.join(COMPUTE_DTYPES)}.")
@@ -57,13 +57,13 @@ def open_decoder(model: Path, calibration: Calibration) -> Decoder:
     config = read_config(model)
     if "quantization_config" in config:
         raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
-    load_config(model)  # the family before the weights: its message is the more useful one
+    open_family(load_config(model), declared or declared_family(model))  # the family before the weights: its message is the more useful one
     checkpoint = Checkpoint(model)
     dtype = torch.float32
     if calibration.compute_dtype == "checkpoint":
         dtypes = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
         dtype = max(set(dtypes), key=dtypes.count)
-    return Decoder(checkpoint, dtype, device)
+    return Decoder(checkpoint, dtype, device, declared)
 
 
 def choose_alpha(decoder: Decoder, scheme: Scheme, smooth: str, alpha: str | float, notes: list[str]) -> float | str | None:
@@ -92,6 +92,17 @@ def choose_alpha(decoder: Decoder, scheme: Scheme, smooth: str, alpha: str | flo
         if not 0.0 <= value <= 1.0:
             raise InputError(f"--alpha {alpha} is out of range: it must be between 0 and 1.")
     return None if smooth == "none" else value
+
+
+def choose_pairs(decoder: Decoder, smooth: str) -> list[Pair]:
+    """The pairs to smooth. Raises InputError when there are none although smoothing was asked for."""
+    pairs = list(active_pairs(decoder.family, decoder.config, smooth))
+    if not pairs and smooth != "none":
+        raise InputError(
+            f"in family '{decoder.family_name}' no norm feeds linear layers directly, so --smooth {smooth} has nothing to smooth: use --smooth "
+            "all or --smooth none."
+        )
+    return pairs
 
 
 def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) -> None:
@@ -123,13 +134,14 @@ def check_groups(decoder: Decoder, scheme: Scheme) -> None:
     size = scheme.weights.group_size
     if size is None:
         return
-    for name, linear in linears(decoder.blocks).items():
-        if linear.in_features % size:
-            would = " or ".join(map(str, fitting_group_sizes(decoder.model, decoder.family)))
-            raise InputError(
-                f"groups of {size} do not divide the {linear.in_features} input channels of {decoder.family.blocks}.{name}: "
-                + (f"--group-size {would} would do." if would else "no group size fits this model, use --scheme w8a8.")
-            )
+    for index in range(len(decoder)):
+        for name, linear in decoder.linears(index).items():
+            if linear.in_features % size:
+                would = " or ".join(map(str, fitting_group_sizes(decoder.model, decoder.family)))
+                raise InputError(
+                    f"groups of {size} do not divide the {linear.in_features} input channels of {decoder.path(index)}.{name}: "
+                    + (f"--group-size {would} would do." if would else "no group size fits this model, use --scheme w8a8.")
+                )
 
 
 def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search, searched: int) -> None:
@@ -174,6 +186,7 @@ def describe(decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
     return {
         "version": __version__,
         "model": decoder.checkpoint.fingerprint(),
+        "family": sha256(decoder.declared) if decoder.declared else None,
         "companions": {path.name: sha256(path) for path in files},
         **options,
     }

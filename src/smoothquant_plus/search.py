@@ -181,7 +181,7 @@ def candidate(
     maxima = dict(maxima)
     if alpha is not None:
         smooth_block(decoder, index, quantized, pairs, maxima, alpha)
-    for name, linear in linears(quantized).items():
+    for name, linear in linears(quantized, decoder.family).items():
         weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", linear.weight, scheme, maxima.get(name))
         if scheme.inputs is None:
             # What a kernel for 4-bit weights computes, without unpacking them again for each batch.

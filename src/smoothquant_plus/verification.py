@@ -15,9 +15,19 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, build_skeleton, disk_names, linears, load_config
+from smoothquant_plus.models.blocks import (
+    Decoder,
+    build_skeleton,
+    declared_family,
+    decoder_blocks,
+    disk_names,
+    linears,
+    load_config,
+    open_family,
+)
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
-from smoothquant_plus.models.families import active_pairs, find_family
+from smoothquant_plus.models.experts import recorded
+from smoothquant_plus.models.families import FAMILY_FILE, active_pairs
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
 from smoothquant_plus.progress import steps
@@ -106,7 +116,7 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
         report.files += 1
     for path in sorted(directory.iterdir()):
         # Anything else, such as a model card, may lie beside what was written.
-        if path.name not in listed and (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, PLAN, *COMPANIONS)):
+        if path.name not in listed and (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, PLAN, FAMILY_FILE, *COMPANIONS)):
             problems.append(f"{path.name} is not in {MANIFEST}")
     return problems
 
@@ -122,20 +132,21 @@ def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None
     if not isinstance(planned, dict) or any(planned.get(key) != value for key, value in declared.items()):
         problems.append(f"{CONFIG} declares another quantization than {PLAN}")
     config = load_config(directory)
-    _, family = find_family(config)
+    _, family = open_family(config, declared_family(directory))
     model = build_skeleton(config, torch.float32)
-    blocks = list(model.get_submodule(family.blocks).children())
+    blocks = list(decoder_blocks(model, family))
     if len(blocks) != len(plan["blocks"]):
         problems.append(f"{CONFIG} has {len(blocks)} blocks, and {PLAN} has {len(plan['blocks'])} blocks")
     with steps("verify block", len(plan["blocks"])) as progress:
         for index, (block, record) in enumerate(zip(blocks, plan["blocks"], strict=False)):
-            for name, linear in linears(block).items():
+            for name, linear in linears(block, family).items():
                 path = f"{family.blocks}.{index}.{name}"
                 path = next((p for p in family.spellings(path) if f"{p}.weight_scale" in checkpoint.tensors), path)
-                wrong = wrong_layout(checkpoint, path, scheme, linear.out_features, linear.in_features)
+                shape = (linear.out_features, linear.in_features)
+                wrong = wrong_layout(checkpoint, path, scheme, *shape, family.transposed)
                 problems += wrong
                 if not wrong:
-                    weight, _ = read_linear(checkpoint, path, scheme, linear.out_features, linear.in_features)
+                    weight, _ = read_linear(checkpoint, path, scheme, *shape, family.transposed)
                     if digest_of(weight) != _recorded_digest(record, name):
                         shard = checkpoint.tensors[f"{path}.weight_scale"].shard
                         problems.append(f"the weight of '{path}' in {shard} is not the one in {PLAN}")
@@ -164,7 +175,7 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
     if source.fingerprint() != made_of:
         differs = "config.json" if source.fingerprint()["config_sha256"] != made_of["config_sha256"] else "the shards"
         raise VerificationError(f"{directory} was not made of {model}: {differs} differ from what {PLAN} says.")
-    decoder = Decoder(source)
+    decoder = Decoder(source, declared=declared_family(directory))
     written = Checkpoint(directory)
     scheme = Scheme(**plan["recipe"]["scheme"])
     pairs = list(active_pairs(decoder.family, decoder.config, plan["recipe"]["smooth"]))
@@ -181,12 +192,13 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
         for index in range(len(decoder)):
             with decoder.block(index) as block:
                 path = decoder.path(index)
-                reference = decoder.run_all(block, index, stream, torch.float32)
-                maxima = {name: statistics[f"{path}.{name}"] for name in linears(block) if f"{path}.{name}" in statistics}
+                with recorded(block) as routing:
+                    reference = decoder.run_all(block, index, stream, torch.float32)
+                maxima = {name: statistics[f"{path}.{name}"] for name in decoder.linears(index) if f"{path}.{name}" in statistics}
                 alpha = plan["blocks"][index]["alpha"]
                 if pairs and alpha is not None:
                     smoothed = smooth_block(decoder, index, block, pairs, maxima, alpha)
-                    error = prove_equivalent(decoder, block, index, stream, reference, smoothed)
+                    error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed)
                     report.equivalence_error = max(report.equivalence_error, error)
                     for pair in smoothed:
                         stored = factors.pop(f"{path}.{pair.source}", None)

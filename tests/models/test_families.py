@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import CompressedTensorsConfig
 
 import families
+from families import IDS, relative
 from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.errors import VerificationError
 from smoothquant_plus.inspection import inspect
 from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.experts import Experts
 from smoothquant_plus.models.families import FAMILIES, Pair, active_pairs, find_family, published_alpha
-from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.linear import QuantLinear
@@ -47,12 +48,6 @@ PROMISED = {
 }
 # Of random weights, in groups of 32: half a step of a fifteenth of the range.
 WEIGHT_ERROR = {"w4a16": 0.1, "w4a16-symmetric": 0.115}
-# Text like the calibration's, so that static scales fit it.
-IDS = families.make_tokenizer()(families.TEXT[1000:1040], return_tensors="pt")["input_ids"]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @torch.no_grad()
@@ -67,41 +62,51 @@ def test_every_family_has_a_tiny_model() -> None:
 
 @ALL
 @pytest.mark.parametrize("smooth", ["norms", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_smoothing_with_random_factors_changes_nothing(name: str, smooth: str, dtype: torch.dtype, tiny: Callable[..., Path]) -> None:
-    """Random factors on every declared pair of every block: the whole model's logits stay."""
-    directory = tiny(name, dtype)
-    model, decoder = load(directory, dtype=torch.float32), Decoder(Checkpoint(directory))
-    before = logits(model)
-    generator = torch.Generator().manual_seed(1)
-    pairs = list(active_pairs(decoder.family, decoder.config, smooth))
-    assert pairs
-    for index, block in enumerate(model.get_submodule(decoder.family.blocks)):
-        maxima = {n: torch.rand(linear.in_features, generator=generator) * 20 + 0.05 for n, linear in linears(block).items()}
-        for pair in pairs:
-            maxima |= dict.fromkeys(pair.sinks, maxima[pair.sinks[0]])
-        smoothed = smooth_block(decoder, index, block, pairs, maxima, 0.7)
-        assert all(pair.s.max() / pair.s.min() > 1.2 for pair in smoothed)
-    has_norm_bias = any("norm" in n and n.endswith("bias") for n, _ in model.named_parameters())
-    assert relative(logits(model), before) < (2 * torch.finfo(dtype).eps if has_norm_bias or smooth == "all" else 0.0) + 1e-5
+def test_smoothing_is_exact(name: str, smooth: str, tiny: Callable[..., Path]) -> None:
+    if smooth == "norms" and name == "olmo2":
+        pytest.skip("its norms feed no linear layers")
+    with families.in_float64():
+        assert families.change_by_smoothing(tiny(name, torch.float64), torch.float64, smooth) < 1e-9
 
 
 @ALL
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_smoothing_survives_being_stored_in_16_bits(name: str, dtype: torch.dtype, tiny: Callable[..., Path]) -> None:
+    """Gains and factors fit each other after rounding; the biases of sources are rounded, and nothing else."""
+    assert families.change_by_smoothing(tiny(name, dtype), torch.float32, "all") < 2 * torch.finfo(dtype).eps
+
+
+@ALL
+@torch.no_grad()
+def test_what_is_loaded_is_what_transformers_loads(name: str, tiny: Callable[..., Path]) -> None:
+    """Experts one by one and Conv1D as linear layers, too."""
+    directory = tiny(name, torch.float32)
+    theirs = families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.float32)
+    assert relative(logits(load(directory, dtype=torch.float32)), logits(theirs)) < 1e-6
+
+
+# Every scheme for every kind of layer; for the other families those that differ most.
+CORE = ("llama", "opt", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"), [(scheme, name) for name in families.TINY for scheme in SCHEMES if name in CORE or scheme in ("static", "w4a16")]
+)
 def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """Quantize, verify, load on both backends, generate."""
     # bfloat16 scales are what PyTorch's 4-bit product takes.
     dtype = torch.bfloat16 if scheme == "w4a16" else torch.float16
     source, out = tiny(name, dtype), tmp_path / "out"
     result = quantize(source, out, smooth="all", calibration=calibration, **SCHEMES[scheme])
-    assert result.equivalence_error < 2e-3 and result.blocks == len(Decoder(Checkpoint(source)))
+    assert result.equivalence_error < max(2e-3, torch.finfo(dtype).eps) and result.blocks == len(Decoder(Checkpoint(source)))
     report = verify(out, source)
-    assert report.equivalence_error is not None and report.equivalence_error < 2e-3
+    # The biases of sources are rounded to what they are stored in.
+    assert report.equivalence_error is not None and report.equivalence_error < max(2e-3, torch.finfo(dtype).eps)
     assert report.linears == len(report.weight_error) and max(report.weight_error.values()) < WEIGHT_ERROR.get(scheme, 0.02)
 
     stored = {tensor: info.dtype for tensor, info in Checkpoint(out).tensors.items()}
-    for path in report.weight_error:
+    decoder = Decoder(Checkpoint(source))
+    for path in (decoder.disk_name(f"{path}.weight").removesuffix(".weight") for path in report.weight_error):
         suffixes = {tensor.removeprefix(f"{path}."): stored.pop(tensor) for tensor in list(stored) if tensor.startswith(f"{path}.")}
         scales = {} if "weight" in PROMISED[scheme] else {"weight_scale": dtype}
         assert suffixes.pop("bias", dtype) == dtype
@@ -109,16 +114,20 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
     assert set(stored.values()) == {dtype}  # everything else is as it was
 
     full, model = load(source, dtype=torch.float32), load(out, dtype=torch.float32)
-    blocks = model.get_submodule(find_family(model.config)[1].blocks)
-    assert not linears(blocks) and sum(isinstance(m, QuantLinear) for m in blocks.modules()) == report.linears
+    family = find_family(model.config)[1]
+    blocks = model.get_submodule(family.blocks)
+    assert not any(linears(block, family) for block in blocks)
+    assert sum(isinstance(m, QuantLinear) for m in blocks.modules()) == report.linears
     reference = logits(load(out, dtype=torch.float32, backend="reference"))
     assert relative(logits(model), reference) < 1e-4
     # A tenth of each 4-bit weight is wrong, and there are no other weights that could make up for it: two or three blocks of that.
-    assert relative(reference, logits(full)) < (0.35 if scheme in WEIGHT_ERROR else 0.25)
+    # In a mixture some tokens go to other experts then.
+    mixture = any(isinstance(module, Experts) for module in model.modules())
+    assert relative(reference, logits(full)) < (0.6 if mixture else 0.35 if scheme in WEIGHT_ERROR else 0.25)
     if scheme == "w4a16":
         own, right = load(out, dtype=torch.bfloat16), load(out, dtype=torch.bfloat16, backend="reference")
         for tokens in (3, 40):  # the 4-bit product where there is one, and the float product
-            assert relative(logits(own, IDS[:, :tokens]), logits(right, IDS[:, :tokens])) < 0.05
+            assert relative(logits(own, IDS[:, :tokens]), logits(right, IDS[:, :tokens])) < (0.15 if mixture else 0.05)
     generated = model.generate(IDS[:, :5].repeat(2, 1), attention_mask=torch.ones(2, 5), max_new_tokens=6, do_sample=False)
     assert generated.shape == (2, 11) and torch.equal(generated[0], generated[1])
     # The cache: the whole sequence at once gives what token by token gave.
@@ -127,52 +136,63 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
 
 
 @ALL
-@pytest.mark.parametrize(("scheme", "left"), [("static", 0.05), ("w4a16", 0.6)])
+@pytest.mark.parametrize(("scheme", "left"), [("static", 0.05), ("w4a16", 0.7)])
 def test_smoothing_recovers_what_planted_outliers_cost(
-    name: str, scheme: str, left: float, text_file: Path, calibration: Calibration, tmp_path: Path
+    name: str, scheme: str, left: float, text_file: Path, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:
     """Per-tensor static W8A8: with SmoothQuant at least 95% of the naive quantization's logit error is gone. 4-bit weights err without
     outliers too: what these add is a part of the error."""
-    model = families.build(name)
+    like = tiny(name, torch.float32)
+    model = load(like)
     plain = logits(model)
-    plant_outliers(model, channels=2, scale=100.0)
+    smooth = "all" if name == "olmo2" else "norms"  # whose norms feed no linear layers
+    plant_outliers(model, channels=2, scale=100.0, smooth=smooth)
     assert relative(logits(model), plain) < 1e-4, "planting must not change the function"
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    families.make_tokenizer().save_pretrained(source)
+    source = families.save(model, like, tmp_path / "source")
     ids = encode([str(text_file)], families.make_tokenizer())[None, :64]
     expected = logits(model, ids)
     error = {}
-    for smooth in ("none", "norms"):
-        quantize(source, tmp_path / smooth, smooth=smooth, calibration=calibration, **(SCHEMES[scheme] | {"alpha": 0.5}))
-        error[smooth] = (logits(load(tmp_path / smooth), ids) - expected).square().mean().item()
-    assert error["norms"] < left * error["none"], error
+    for setting in ("none", smooth):
+        quantize(source, tmp_path / setting, smooth=setting, calibration=calibration, **(SCHEMES[scheme] | {"alpha": 0.5}))
+        error[setting] = (logits(load(tmp_path / setting), ids) - expected).square().mean().item()
+    assert error[smooth] < left * error["none"], error
 
 
-@ALL
+def read_by_transformers(name: str, directory: Path, **options: Any) -> Any:
+    return families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.float32, **options)
+
+
 @pytest.mark.parametrize(
-    ("scheme", "close"),
+    ("scheme", "close", "name"),
     # Static scales are stored, so both compute the same; dynamic ones are max/127 here and in vLLM's kernels, max/127.5 in that emulation.
-    # Packed weights are unpacked to float32 here, which changes nothing.
-    [("token", 0.05), ("tensor", 0.05), ("static", 5e-3), ("w4a16-symmetric", 1e-5)],
+    # Packed weights are unpacked to float32 here; there, those of experts to float16.
+    [(scheme, 0.05, name) for scheme in ("token", "tensor") for name in ("llama", "opt")]
+    + [(scheme, close, name) for scheme, close in (("static", 5e-3), ("w4a16-symmetric", 1e-3)) for name in families.TINY],
 )
 def test_transformers_reads_it_by_itself(
     name: str, scheme: str, close: float, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:
-    """AutoModelForCausalLM with its own compressed-tensors support, as an independent reader."""
+    """transformers' own compressed-tensors support, as an independent reader; and what it cannot read is listed with the reason."""
     out = tmp_path / "out"
-    quantize(tiny(name), out, calibration=calibration, **SCHEMES[scheme])
-    ours, theirs = logits(load(out, dtype=torch.float32)), logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
-    assert relative(ours, theirs) < close
+    quantize(tiny(name), out, smooth="all", calibration=calibration, **SCHEMES[scheme])
+    ours = logits(load(out, dtype=torch.float32))
+    if (name, "w4a16" if "w4a16" in scheme else "w8a8") in families.UNREADABLE:
+        try:
+            theirs = logits(read_by_transformers(name, out))
+        except (RuntimeError, AttributeError):
+            return
+        assert relative(ours, theirs) > 0.1, "it can be read after all"
+    else:
+        assert relative(ours, logits(read_by_transformers(name, out))) < close
 
 
-@ALL
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_transformers_dequantizes_zero_points(name: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """As it has to: compressed-tensors (0.20) prepares a model that stays quantized for zero points that are not packed."""
     out = tmp_path / "out"
     quantize(tiny(name), out, calibration=calibration, **SCHEMES["w4a16"])
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs = read_by_transformers(name, out, quantization_config=CompressedTensorsConfig(dequantize=True))
     # Their weights are rounded to the dtype of the scales, float16.
     assert relative(logits(load(out, dtype=torch.float32)), logits(theirs)) < 2 * torch.finfo(torch.float16).eps
 

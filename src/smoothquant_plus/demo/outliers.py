@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoothquant_plus.models.families import active_pairs, find_family
+from smoothquant_plus.models.families import active_pairs, find_family, pairs_in
 
 
 @torch.no_grad()
@@ -21,12 +21,13 @@ def plant_outliers(model: Any, channels: int = 3, scale: float = 100.0, seed: in
     """Make `channels` channels of every source `scale` times larger, in place, without changing what the model computes.
 
     `smooth` chooses the sources as in `quantize`: 'norms', or 'all' for up_proj -> down_proj (fc1 -> fc2) as well. Value heads are left
-    alone. The model is a transformers model with its weights in memory; which channels are chosen depends on `seed` alone.
+    alone. The model is one that `load` gave, or a dense transformers model; which channels are chosen depends on `seed` alone.
     """
     _, family = find_family(model.config)
+    pairs = list(active_pairs(family, model.config.get_text_config(), smooth))
     generator = torch.Generator().manual_seed(seed)
     for block in model.get_submodule(family.blocks).children():
-        for pair in active_pairs(family, model.config, smooth):
+        for pair in pairs_in(dict(block.named_modules()), pairs):
             if pair.rows != "each":
                 continue
             source = block.get_submodule(pair.source)

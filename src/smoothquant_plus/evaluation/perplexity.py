@@ -50,7 +50,7 @@ def evaluate(
     check_texts(texts)
     if not texts:
         raise InputError("text to evaluate on is needed: give --text FILE.")
-    config = load_config(Path(model))
+    config = load_config(Path(model)).get_text_config()
     check_positions(config, seq_len, f"--seq-len {seq_len}")
     ids = encode(texts, load_tokenizer(Path(model)))
     check_ids(ids, config.vocab_size, Path(model))

@@ -42,6 +42,11 @@ def factors(activation_maxima: Tensor, weight_maxima: Tensor, alpha: float) -> T
     return torch.where(dead, torch.ones_like(s), s).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR).float()
 
 
+def nearest_power_of_two(s: Tensor) -> Tensor:
+    """The power of two next to each positive factor, by its logarithm: multiplying by it rounds nothing."""
+    return torch.exp2(torch.round(torch.log2(s)))
+
+
 def weight_maxima(weights: Sequence[Tensor]) -> Tensor:
     """max|W_j| over the rows of all `weights` (N_i, K), float32 (K,)."""
     return torch.stack([absolute_maximum(w.float(), dim=0) for w in weights]).amax(dim=0)
@@ -72,17 +77,21 @@ def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype
 
     The gain is stored in 16 bits, so gain / s is rounded; instead of accepting that as an error of the function, the factor is moved to
     what the rounded gain says, s := gain / rounded, and the linears are multiplied by that: the pair stays exact.
+    With an `offset` a gain next to zero cannot be stored: it becomes the smallest that can, and its factor fits that.
     Raises OverflowError when a value overflows `dtype`, or a gain that was not zero becomes zero in it. (A bias that small is rounded like
     any other: what is lost is less than the dtype's smallest number.)
     """
-    gain = weight.float() + offset
+    gain = at_least_float32(weight) + offset
     rounded = to_storage(gain / s - offset, dtype, "the norm's gain")
+    if offset:
+        smallest = torch.finfo(dtype).eps * gain.sign()
+        rounded = torch.where(rounded == -offset, smallest - offset, rounded)
     applied = rounded + offset
     lost = (applied == 0) & (gain != 0)
     if bool(lost.any()):
         raise OverflowError(f"the norm's gain underflows to zero in {name_of(dtype)} (channel {int(lost.nonzero()[0])})")
     s = torch.where(gain != 0, gain / applied, s)
-    return FoldedSource(rounded, None if bias is None else to_storage(bias.float() / s, dtype, "the norm's bias"), s)
+    return FoldedSource(rounded, None if bias is None else to_storage(at_least_float32(bias) / s, dtype, "the norm's bias"), s)
 
 
 def fold_linear_source(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype) -> FoldedSource:
@@ -90,7 +99,7 @@ def fold_linear_source(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: to
 
     The weight stays float32 (it is quantized next); the bias is rounded to the checkpoint's `dtype`, in which it is stored.
     """
-    bias = None if bias is None else to_storage(bias.float() / s, dtype, "the bias")
+    bias = None if bias is None else to_storage(at_least_float32(bias) / s, dtype, "the bias")
     return FoldedSource(weight.div_(s[:, None]), bias, s)
 
 
@@ -100,12 +109,16 @@ def fold_sink(weight: Tensor, s: Tensor) -> Tensor:
 
 
 def to_storage(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """`x` rounded to `dtype` and back in float32. Raises OverflowError when a value leaves its range."""
-    stored = x.to(dtype).float()
+    """`x` rounded to `dtype` and back in its own. Raises OverflowError when a value leaves its range."""
+    stored = x.to(dtype).to(x.dtype)
     if not bool(torch.isfinite(stored).all()):
         channel = int((~torch.isfinite(stored)).nonzero()[0])
         raise OverflowError(f"{what} overflows {name_of(dtype)} (channel {channel}: {x.flatten()[channel].item():.3g})")
     return stored
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -14,13 +14,28 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint, read_config
-from smoothquant_plus.models.families import Family, active_pairs, find_family
+from smoothquant_plus.models.experts import share_with_unreached, unfuse
+from smoothquant_plus.models.families import (
+    FAMILIES,
+    FAMILY_FILE,
+    Family,
+    Pair,
+    UnknownFamilyError,
+    active_pairs,
+    find_family,
+    pairs_in,
+    read_family,
+    supported,
+)
+from smoothquant_plus.models.rows import source_rows
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
@@ -43,7 +58,7 @@ def load_config(directory: Path) -> Any:
         if "auto_map" in declared:
             raise InputError(
                 f"{directory} brings its own model code (auto_map in config.json), which is not run. Use a version of the model that "
-                "transformers supports itself."
+                f"transformers supports itself.{did_you_mean(str(declared.get('model_type')), supported())}"
             ) from error
         find_family(type("Declared", (), declared))  # the list of what is supported, for an unknown model_type
         raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error!r}") from error
@@ -55,15 +70,60 @@ def load_config(directory: Path) -> Any:
     return config
 
 
+def declared_family(directory: Path) -> Path | None:
+    """The file beside config.json that declares the family of the model in `directory`, if there is one."""
+    return directory / FAMILY_FILE if (directory / FAMILY_FILE).is_file() else None
+
+
+def open_family(config: Any, declared: Path | None) -> tuple[str, Family]:
+    """The family of a model, with its name: what the file `declared` says, or the row of the configuration's model_type. Raises InputError
+    when there is none, naming the row that would fit."""
+    if declared is not None:
+        return "declared", read_family(declared)
+    try:
+        return find_family(config)
+    except UnknownFamilyError as error:
+        raise InputError(f"{error}{_nearest(config)}") from None
+
+
+def _nearest(config: Any) -> str:
+    """' The nearest is ...', for the row whose blocks and pairs a model of no family has."""
+    try:
+        model: Any = build_skeleton(config, torch.float32)
+    except InputError:
+        return ""
+    fitting: dict[str, int] = {}
+    for name, family in FAMILIES.items():
+        try:
+            blocks = decoder_blocks(model, family)
+            check_pairs(family, config.get_text_config(), blocks)
+            modules = dict(blocks[0].named_modules())
+            fitting[name] = len(list(pairs_in(modules, list(active_pairs(family, config.get_text_config(), "all")))))
+        except (InputError, AttributeError, RuntimeError):
+            continue
+    if not fitting:
+        return ""
+    best = max(fitting, key=fitting.__getitem__)
+    return f" The nearest is '{best}', whose pairs this model's blocks have too; whether they are right for it, a run's proof decides."
+
+
 def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     """The transformers model with every parameter on the meta device (no memory) and its computed buffers, such as rotary
-    frequencies, real. Raises InputError for a configuration that transformers cannot build."""
+    frequencies, real. Whatever computes as a linear layer, one of many fused experts too, is an nn.Linear.
+
+    Raises InputError for a configuration that transformers cannot build."""
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        unfuse(model)
     except BAD_CONFIG as error:
         raise InputError(f"{Path(config.name_or_path) / 'config.json'} does not describe a model that can be built: {error!r}") from error
     model.tie_weights()  # outside: the context gives each assigned parameter a tensor of its own
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            columns, rows = module.weight.shape
+            model.set_submodule(path, nn.Linear(columns, rows, device="meta", dtype=dtype))
     return model.eval()
 
 
@@ -91,19 +151,24 @@ class _StopForward(Exception):
 
 
 class Decoder:
-    """The model in `checkpoint` as a stream of blocks. `dtype` is what blocks compute in, `device` where they do."""
+    """The model in `checkpoint` as a stream of blocks. `dtype` is what blocks compute in, `device` where they do; `declared` is a file that
+    declares its family."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu", declared: Path | None = None
+    ) -> None:
         give_memory_back()
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.config = load_config(checkpoint.directory)
-        self.family_name, self.family = find_family(self.config)
-        self.model: Any = build_skeleton(self.config, dtype)
+        config = load_config(checkpoint.directory)
+        self.config: Any = config.get_text_config()
+        self.declared = declared or declared_family(checkpoint.directory)
+        self.family_name, self.family = open_family(config, self.declared)
+        self.model: Any = build_skeleton(config, dtype)
         for name, buffer in list(self.model.named_buffers()):
             assign(self.model, name, buffer.to(self.device))
-        self.blocks: Any = self.model.get_submodule(self.family.blocks)
+        self.blocks: Any = decoder_blocks(self.model, self.family)
         self._names = disk_names(self.model, checkpoint, self.family)
         check_pairs(self.family, self.config, self.blocks)
 
@@ -157,7 +222,18 @@ class Decoder:
             assign(self.blocks[index], name, self._read(f"{self.path(index)}.{name}", dtype))
 
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        return self.checkpoint.read(self.disk_name(name)).to(self.device, dtype)
+        tensor = self.checkpoint.read(self.disk_name(name))
+        if is_transposed(self.family, name, tensor):
+            tensor = tensor.t().contiguous()
+        return tensor.to(self.device, dtype)
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linear layers of block `index` that are quantized, by their path inside it."""
+        return linears(self.blocks[index], self.family)
+
+    def pairs(self, index: int, pairs: Sequence[Pair]) -> list[Pair]:
+        """The `pairs` as block `index` has them: with each expert's name."""
+        return list(pairs_in(dict(self.blocks[index].named_modules()), pairs))
 
     @contextmanager
     def _with_stubs(self, stub: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
@@ -188,8 +264,16 @@ class Decoder:
             hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))
             if isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_hook(lambda _m, _args, output: output.to(self.dtype)))
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                output = stub(index, hidden, Call(args, kwargs))
+                return (output,) if self.family.returns_tuple else output
+
+            return forward
+
         for index, block in enumerate(self.blocks):
-            block.forward = lambda hidden, *args, index=index, **kwargs: stub(index, hidden, Call(args, kwargs))
+            block.forward = stand_in(index)
         try:
             yield
         finally:
@@ -271,11 +355,12 @@ class Decoder:
     def measure(
         self, block: nn.Module, index: int, stream: Stream, progress: Callable[[int], None] = lambda done: None
     ) -> tuple[dict[str, ChannelMaxima], list[Tensor]]:
-        """Run the whole stream through a block: the per-channel maxima of each linear's input, and the block's outputs per batch."""
-        maxima = {name: ChannelMaxima.empty(linear.in_features) for name, linear in linears(block).items()}
+        """Run the whole stream through a block: the per-channel maxima of each linear's input, and the block's outputs per batch. An expert
+        that no token reached has the maxima of all the others."""
+        layers = linears(block, self.family)
+        maxima = {name: ChannelMaxima.empty(linear.in_features) for name, linear in layers.items()}
         hooks = [
-            linear.register_forward_pre_hook(lambda _m, args, name=name: maxima[name].update(args[0]))
-            for name, linear in linears(block).items()
+            linear.register_forward_pre_hook(lambda _m, args, name=name: maxima[name].update(args[0])) for name, linear in layers.items()
         ]
         try:
             outputs = []
@@ -285,6 +370,7 @@ class Decoder:
         finally:
             for hook in hooks:
                 hook.remove()
+        share_with_unreached(maxima)
         for name, channels in maxima.items():
             if not bool(torch.isfinite(channels.maxima).all()):
                 advice = "the model itself overflows" if self.dtype == torch.float32 else "use --compute-dtype float32"
@@ -311,28 +397,40 @@ def check_positions(config: Any, tokens: int, asked: str) -> None:
         raise InputError(f"{asked} is more than the {longest} positions that the model has (max_position_embeddings in config.json).")
 
 
-def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a block by their path inside it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def decoder_blocks(model: nn.Module, family: Family) -> Any:
+    """The list of the model's decoder blocks. Raises InputError when it is not where the family says."""
+    path, _, leaf = family.blocks.rpartition(".")
+    found = dict(model.named_modules()).get(path)
+    blocks = getattr(found, leaf, None)
+    if not isinstance(blocks, nn.ModuleList):
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise InputError(f"the model has no list of blocks at '{family.blocks}', as its family declares; there is {', '.join(lists)}.")
+    return blocks
+
+
+def linears(block: nn.Module, family: Family) -> dict[str, nn.Linear]:
+    """The linear layers of a block that are quantized, by their path inside it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in family.unquantized}
+
+
+def is_transposed(family: Family, name: str, tensor: Tensor) -> bool:
+    """Whether the model's tensor `name` is stored as (in, out)."""
+    return family.transposed and name.startswith(f"{family.blocks}.") and name.endswith(".weight") and tensor.ndim == 2
 
 
 def check_pairs(family: Family, config: Any, blocks: Any) -> None:
     """Raises InputError when a pair names a module that a block does not have, or channels that do not match."""
     for block in blocks:
         modules = dict(block.named_modules())
-        for pair in active_pairs(family, config, "all"):
-            for name in (pair.source, *pair.sinks):
-                if name not in modules:
-                    raise InputError(
-                        f"the pair {pair.source} -> {', '.join(pair.sinks)} matches nothing: the model's blocks have no '{name}'."
-                        f"{did_you_mean(name, modules)} Its row in models/families.py does not fit this model."
-                    )
+        for pair in pairs_in(modules, list(active_pairs(family, config, "all"))):
             source = modules[pair.source]
-            channels = len(source.weight) if getattr(source, "weight", None) is not None else None
             for sink in pair.sinks:
-                found = modules[sink].in_features
+                found = modules[sink].weight.shape[1]
+                channels = found
+                if getattr(source, "weight", None) is not None:
+                    channels = len(source_rows(pair.rows, config, len(source.weight), found))
                 # The heads that share a value head read more channels than it has.
-                if channels and (found != channels if pair.rows == "each" else found % channels):
+                if found != channels if pair.rows in ("each", "last_half") else found % channels:
                     raise InputError(
                         f"the pair {pair.source} -> {sink} does not fit: {channels} channels out and {found} in, with rows '{pair.rows}'. "
                         "Its row in models/families.py does not fit this model."
@@ -349,7 +447,8 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
     tied = f"{head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
     packed = set()
     if scheme is not None and scheme.weights.bits == 4:
-        packed = {f"{family.blocks}.{name}.weight" for name in linears(model.get_submodule(family.blocks))}
+        blocks = decoder_blocks(model, family)
+        packed = {f"{family.blocks}.{index}.{name}.weight" for index, block in enumerate(blocks) for name in linears(block, family)}
     names: dict[str, str] = {}
     missing = []
     for name, tensor in model.state_dict().items():
@@ -358,7 +457,8 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
         if found is not None:
             names[name] = found
             if not ending:
-                _check_stored(checkpoint, found, tensor.shape)
+                shape = tensor.shape[::-1] if is_transposed(family, name, tensor) else tensor.shape
+                _check_stored(checkpoint, found, shape)
         elif name != tied:
             missing.append(name)
     if missing:

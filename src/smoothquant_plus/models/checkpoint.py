@@ -202,7 +202,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-# What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), float32 `weight_scale` (N, 1) or (1,),
+# What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), in GPT-2
+# (K, N), float32 `weight_scale` (N, 1) or (1,),
 # and for static activations float32 `input_scale` (1,). 4 bits: int32 `weight_packed` (N, K / 8), `weight_scale` (N, K / g) in the dtype
 # of the weight that was quantized, `weight_shape` int64 (2,), and for asymmetric ones int32 `weight_zero_point` (N / 8, K / g), packed
 # along N. The bias keeps its name and dtype.
@@ -210,8 +211,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
-    """The tensors that a linear layer is stored as, by suffix."""
+def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None, transposed: bool = False) -> dict[str, Tensor]:
+    """The tensors that a linear layer is stored as, by suffix; `transposed` if its weight is a Conv1D's, which matters for 8 bits alone."""
     if weight.quant.bits == 4:
         packed = pack_int4(weight.values).view(torch.int32)
         tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(weight.values.shape)}
@@ -219,11 +220,11 @@ def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None) -> dict[
             channels = torch.nn.functional.pad(weight.zero_point.t(), (0, -len(weight.zero_point) % 8), value=INT4_MIN)
             tensors["weight_zero_point"] = pack_int4(channels).view(torch.int32).t()
         return tensors
-    tensors = {"weight": weight.values, "weight_scale": weight.scale}
+    tensors = {"weight": weight.values.t() if transposed else weight.values, "weight_scale": weight.scale}
     return tensors if input_scale is None else {**tensors, "input_scale": input_scale}
 
 
-def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype) -> Layout:
+def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, transposed: bool = False) -> Layout:
     """Suffix, dtype and shape of each tensor of a quantized linear (rows, columns), without its bias; the scales of 4-bit weights are
     stored in `scale_dtype`."""
     layout: Layout
@@ -236,21 +237,22 @@ def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dt
         }
         return layout if scheme.weights.symmetric else {**layout, "weight_zero_point": (torch.int32, (-(-rows // 8), groups))}
     scale = (rows, 1) if scheme.weights.strategy == "channel" else (1,)
-    layout = {"weight": (torch.int8, (rows, columns)), "weight_scale": (torch.float32, scale)}
+    shape = (columns, rows) if transposed else (rows, columns)
+    layout = {"weight": (torch.int8, shape), "weight_scale": (torch.float32, scale)}
     return {**layout, "input_scale": (torch.float32, (1,))} if scheme.static else layout
 
 
-def stored_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> Layout:
+def stored_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int, transposed: bool = False) -> Layout:
     """`linear_layout` of the linear `name` (rows, columns) in a quantized `checkpoint`, whatever float dtype its scales are in."""
     found = checkpoint.tensors.get(f"{name}.weight_scale")
     dtype = found.dtype if found is not None and found.dtype.is_floating_point else torch.float32
-    return linear_layout(scheme, rows, columns, dtype)
+    return linear_layout(scheme, rows, columns, dtype, transposed)
 
 
-def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> list[str]:
+def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int, transposed: bool = False) -> list[str]:
     """What is wrong with the dtypes and shapes of the quantized linear `name` (rows, columns) in `checkpoint`, one sentence for each tensor."""
     problems = []
-    for suffix, (dtype, shape) in stored_layout(checkpoint, name, scheme, rows, columns).items():
+    for suffix, (dtype, shape) in stored_layout(checkpoint, name, scheme, rows, columns, transposed).items():
         info = checkpoint.tensors.get(f"{name}.{suffix}")
         if info is None:
             problems.append(f"tensor '{name}.{suffix}' is missing")
@@ -259,20 +261,23 @@ def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, c
     return problems
 
 
-def read_linear(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int) -> tuple[QuantizedWeight, Tensor | None]:
+def read_linear(
+    checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int, transposed: bool = False
+) -> tuple[QuantizedWeight, Tensor | None]:
     """The weight of the quantized linear `name` (rows, columns), and its static input scale if it has one.
 
     Raises InputError when one of its tensors is missing or is not what the scheme says.
     """
-    problems = wrong_layout(checkpoint, name, scheme, rows, columns)
+    problems = wrong_layout(checkpoint, name, scheme, rows, columns, transposed)
     if problems:
         raise InputError(
             f"{checkpoint.directory}: {'; '.join(problems)} as its {CONFIG} declares: it is damaged, or half of another checkpoint."
         )
-    layout = stored_layout(checkpoint, name, scheme, rows, columns)
+    layout = stored_layout(checkpoint, name, scheme, rows, columns, transposed)
     tensors = {suffix: checkpoint.read(f"{name}.{suffix}") for suffix in layout}
     if scheme.weights.bits == 8:
-        return QuantizedWeight(tensors["weight"], tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
+        values = tensors["weight"].t().contiguous() if transposed else tensors["weight"]
+        return QuantizedWeight(values, tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
     if tensors["weight_shape"].tolist() != [rows, columns]:
         raise InputError(
             f"{checkpoint.directory}: '{name}.weight_shape' is {tensors['weight_shape'].tolist()}, and the layer is {[rows, columns]}."

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
 from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.models.rows import Rows
 
 # What `--smooth` may ask for: nothing, the pairs that start at a norm (SmoothQuant), or every pair that is exactly equivalent.
 SMOOTH = ("none", "norms", "all")
@@ -14,24 +20,33 @@ SMOOTH = ("none", "norms", "all")
 # The alpha of SmoothQuant for models that have no published value (arXiv 2211.10438, Section 5.1).
 DEFAULT_ALPHA = 0.5
 
+# A family of the user's own, beside config.json: in the model's directory, or what `--pairs` put into the output's.
+FAMILY_FILE = "family.json"
 
-@dataclass(frozen=True)
+STRICT = ConfigDict(extra="forbid")  # a key that is misspelt is an error, not a default
+
+
+@dataclass(frozen=True, config=STRICT)
 class Pair:
     """A source whose output channels feed the input channels of `sinks`; paths are relative to the block.
 
-    `rows` says how the source's channels map to the sinks': `each` one to one; `kv_groups` for v_proj -> o_proj, where the query heads of a
-    group read the same value head. `when` is the smallest `--smooth` setting that includes the pair. `requires` are configuration values
-    without which the pair would not be exact.
+    A `*` in a sink stands for each expert; one in the source makes a pair for each expert, and stands for the same one in the sinks. Sinks
+    that are not quantized, such as a router, are rescaled too. `optional`: a block may lack all of the sinks, as dense blocks do that lie
+    among mixtures of experts. `rows` says which of the source's output channels those are (models/rows.py): all of them (`each`), or the
+    values of attention, which the query heads of a group share. `when` is the smallest `--smooth` setting that includes the pair.
+    `requires` are configuration values without which the pair would not be exact, or is not there; a tuple lists alternatives, and ... is
+    anything but None.
     """
 
     source: str
     sinks: tuple[str, ...]
-    rows: Literal["each", "kv_groups"] = "each"
+    rows: Rows = "each"
     when: Literal["norms", "all"] = "norms"
     requires: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Refusal:
     """A layout of the family that smoothing would change the function of: `when` the configuration has these values, `reason`."""
 
@@ -39,36 +54,68 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Family:
     """One kind of decoder. `blocks` is the path of its list of decoder blocks in the transformers model.
 
     `alpha` is the published SmoothQuant alpha (None when none is published); `alpha_of_sizes` are the sizes that differ.
-    `norm_offset` is 1 for norms that multiply by (1 + weight). `disk_prefixes` are prefixes that a checkpoint may put before, or leave out
-    of, the module names: a tensor `name` of the model is looked for as `new + name[len(old):]` for each (old, new).
+    `norm_offset` is 1 for norms that multiply by (1 + weight). `disk_names` are other spellings that a checkpoint may have: a tensor `name` of
+    the model is also looked for as re.sub(pattern, replacement, name), for each of them. `returns_tuple`: whether a block's forward gives its
+    hidden states as the first of several values. `transposed`: whether weights of linears are stored (in, out), as GPT-2's Conv1D does.
+    `unquantized` are linears of a block that stay as they are.
     """
 
-    model_types: tuple[str, ...]
     blocks: str
     pairs: tuple[Pair, ...]
-    alpha: float | None
+    model_types: tuple[str, ...] = ()
+    alpha: float | None = None
     alpha_of_sizes: tuple[tuple[Mapping[str, Any], float], ...] = ()
     norm_offset: float = 0.0
-    disk_prefixes: tuple[tuple[str, str], ...] = ()
+    disk_names: tuple[tuple[str, str], ...] = ()
     refuse: tuple[Refusal, ...] = ()
+    returns_tuple: bool = False
+    transposed: bool = False
+    unquantized: tuple[str, ...] = ()
 
     def spellings(self, name: str) -> list[str]:
         """The names that a checkpoint may store the model's tensor or module `name` under, the model's own first."""
-        return [name, *(new + name[len(old) :] for old, new in self.disk_prefixes if name.startswith(old))]
+        return [name, *(other for old, new in self.disk_names if (other := re.sub(old, new, name)) != name)]
 
 
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Attention is linear in the values; act(gate) * up is linear in up, whatever the activation function.
+VALUES = Pair("self_attn.v_proj", ("self_attn.o_proj",), rows="values", when="all")
+UP = Pair("mlp.up_proj", ("mlp.down_proj",), when="all")
 LLAMA_PAIRS = (
-    Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Pair("input_layernorm", QKV),
     Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Pair("self_attn.v_proj", ("self_attn.o_proj",), rows="kv_groups", when="all"),
-    # act(gate) * up is linear in up, whatever the activation function.
-    Pair("mlp.up_proj", ("mlp.down_proj",), when="all"),
+    VALUES,
+    UP,
 )
+# Gemma 2 and 3: post_attention_layernorm is on the way back to the residual stream, and feeds no linear layer.
+GEMMA2_PAIRS = (Pair("input_layernorm", QKV), Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), VALUES, UP)
+GLM_PAIRS = (
+    Pair("input_layernorm", QKV),
+    Pair("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    VALUES,
+    Pair("mlp.gate_up_proj", ("mlp.down_proj",), rows="last_half", when="all"),
+)
+EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+EXPERTS_UP = Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",), when="all", optional=True)
+DENSE_MLP = (
+    Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), optional=True),
+    Pair("mlp.up_proj", ("mlp.down_proj",), when="all", optional=True),
+)
+
+
+def shared_experts(path: str, *others: str) -> tuple[Pair, ...]:
+    """The pairs of a mixture with an expert at `path` that every token goes to; the norm feeds the router `mlp.gate` and `others` too."""
+    return (
+        Pair("post_attention_layernorm", ("mlp.gate", *others, f"{path}.gate_proj", f"{path}.up_proj", *EXPERTS), optional=True),
+        Pair(f"{path}.up_proj", (f"{path}.down_proj",), when="all", optional=True),
+        EXPERTS_UP,
+    )
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -81,18 +128,101 @@ FAMILIES: dict[str, Family] = {
         ),  # Llama-2-70B
     ),
     "mistral": Family(model_types=("mistral",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=0.8),
+    "mixtral": Family(
+        model_types=("mixtral",),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS)), VALUES, EXPERTS_UP),
+        alpha=0.8,
+        disk_names=(
+            (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
+            (r"\.mlp\.experts\.(\d+)\.gate_proj\b", r".block_sparse_moe.experts.\1.w1"),
+            (r"\.mlp\.experts\.(\d+)\.down_proj\b", r".block_sparse_moe.experts.\1.w2"),
+            (r"\.mlp\.experts\.(\d+)\.up_proj\b", r".block_sparse_moe.experts.\1.w3"),
+        ),
+    ),
+    "qwen2": Family(model_types=("qwen2",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    # The norms of its query and key heads feed no linear layer.
+    "qwen3": Family(model_types=("qwen3",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "qwen2_moe": Family(
+        model_types=("qwen2_moe",),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", QKV), *DENSE_MLP, *shared_experts("mlp.shared_expert", "mlp.shared_expert_gate"), VALUES),
+        alpha=None,
+        unquantized=("mlp.shared_expert_gate",),
+    ),
+    "qwen3_moe": Family(
+        model_types=("qwen3_moe",),
+        blocks="model.layers",
+        pairs=(
+            Pair("input_layernorm", QKV),
+            *DENSE_MLP,
+            Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS), optional=True),
+            VALUES,
+            EXPERTS_UP,
+        ),
+        alpha=None,
+    ),
+    "deepseek": Family(
+        model_types=("deepseek_v2", "deepseek_v3"),
+        blocks="model.layers",
+        pairs=(
+            # Queries, keys and values go through latents with norms of their own; the keys' rotary part goes past them.
+            Pair("input_layernorm", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), requires={"q_lora_rank": None}),
+            Pair("input_layernorm", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), requires={"q_lora_rank": ...}),
+            Pair("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), requires={"q_lora_rank": ...}),
+            Pair("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+            Pair("self_attn.kv_b_proj", ("self_attn.o_proj",), rows="latent_values", when="all"),
+            *DENSE_MLP,
+            *shared_experts("mlp.shared_experts"),
+        ),
+        alpha=None,
+    ),
+    "gemma": Family(model_types=("gemma",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None, norm_offset=1.0),
+    "gemma2": Family(model_types=("gemma2",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
+    "gemma3": Family(model_types=("gemma3_text",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
+    "olmo2": Family(
+        model_types=("olmo2",),
+        blocks="model.layers",
+        pairs=(VALUES, UP),  # attention and MLP read the residual stream itself: its norms come after them
+        alpha=None,
+    ),
+    "cohere": Family(
+        model_types=("cohere",),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")), VALUES, UP),  # attention and MLP are parallel
+        alpha=None,
+    ),
+    "phi3": Family(
+        model_types=("phi3",),
+        blocks="model.layers",
+        pairs=(
+            Pair("input_layernorm", ("self_attn.qkv_proj",)),
+            Pair("post_attention_layernorm", ("mlp.gate_up_proj",)),
+            Pair("self_attn.qkv_proj", ("self_attn.o_proj",), rows="last_values", when="all"),
+            Pair("mlp.gate_up_proj", ("mlp.down_proj",), rows="last_half", when="all"),
+        ),
+        alpha=None,
+    ),
+    "glm": Family(model_types=("glm",), blocks="model.layers", pairs=GLM_PAIRS, alpha=0.75),
+    "glm4": Family(model_types=("glm4",), blocks="model.layers", pairs=GLM_PAIRS, alpha=0.75),
+    "starcoder2": Family(
+        model_types=("starcoder2",),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.c_fc",)), VALUES),
+        alpha=None,
+    ),
     "opt": Family(
         model_types=("opt",),
         blocks="model.decoder.layers",
         pairs=(
-            Pair("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Pair("self_attn_layer_norm", QKV),
             Pair("final_layer_norm", ("fc1",)),
-            Pair("self_attn.v_proj", ("self_attn.out_proj",), rows="kv_groups", when="all"),
+            Pair("self_attn.v_proj", ("self_attn.out_proj",), rows="values", when="all"),
             # relu(x / s) = relu(x) / s for s > 0; no other activation function lets a factor through.
             Pair("fc1", ("fc2",), when="all", requires={"activation_function": "relu"}),
         ),
         alpha=0.5,
-        disk_prefixes=(("model.decoder.", "decoder."),),
+        disk_names=((r"^model\.decoder\.", "decoder."),),
         refuse=(
             Refusal(
                 {"do_layer_norm_before": False},
@@ -100,22 +230,131 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
     ),
+    "bloom": Family(
+        model_types=("bloom",),
+        blocks="transformer.h",
+        pairs=(
+            Pair("input_layernorm", ("self_attention.query_key_value",)),
+            Pair("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+            Pair("self_attention.query_key_value", ("self_attention.dense",), rows="fused_values", when="all"),
+        ),
+        alpha=0.5,
+        disk_names=((r"^transformer\.", ""),),
+        refuse=(
+            Refusal(
+                {"apply_residual_connection_post_layernorm": True},
+                "its residual stream reads the norms' outputs, which then feed more than linear layers",
+            ),
+        ),
+        returns_tuple=True,
+    ),
+    "gpt2": Family(
+        model_types=("gpt2",),  # what Megatron-LM and MT-NLG checkpoints are converted to
+        blocks="transformer.h",
+        pairs=(
+            Pair("ln_1", ("attn.c_attn",)),
+            Pair("ln_2", ("mlp.c_fc",)),
+            Pair("attn.c_attn", ("attn.c_proj",), rows="last_values", when="all"),
+        ),
+        alpha=None,
+        disk_names=((r"^transformer\.", ""),),
+        transposed=True,
+    ),
+    "gpt_neox": Family(
+        model_types=("gpt_neox",),
+        blocks="gpt_neox.layers",
+        pairs=(
+            Pair("input_layernorm", ("attention.query_key_value",)),
+            Pair("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+            Pair("attention.query_key_value", ("attention.dense",), rows="fused_values", when="all"),
+        ),
+        alpha=None,
+        disk_names=((r"^lm_head\.", "embed_out."),),
+    ),
+    "gptj": Family(
+        model_types=("gptj",),
+        blocks="transformer.h",
+        pairs=(
+            Pair("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),  # attention and MLP are parallel
+            Pair("attn.v_proj", ("attn.out_proj",), rows="values", when="all"),
+        ),
+        alpha=None,
+        returns_tuple=True,
+    ),
+    "falcon": Family(
+        model_types=("falcon",),
+        blocks="transformer.h",
+        pairs=(
+            # Falcon-40B: attention and MLP are parallel, each with a norm of its own.
+            Pair("ln_attn", ("self_attention.query_key_value",), requires={"parallel_attn": True, "num_ln_in_parallel_attn": 2}),
+            Pair("ln_mlp", ("mlp.dense_h_to_4h",), requires={"parallel_attn": True, "num_ln_in_parallel_attn": 2}),
+            # Falcon-7B, and the new layout with one norm: parallel, and both read that.
+            Pair(
+                "input_layernorm",
+                ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+                requires={"parallel_attn": True, "num_ln_in_parallel_attn": (None, 1)},
+            ),
+            # Falcon-RW: one after the other.
+            Pair("input_layernorm", ("self_attention.query_key_value",), requires={"parallel_attn": False}),
+            Pair("post_attention_layernorm", ("mlp.dense_h_to_4h",), requires={"parallel_attn": False}),
+            Pair("self_attention.query_key_value", ("self_attention.dense",), rows="fused_values", when="all"),
+        ),
+        alpha=0.6,
+        alpha_of_sizes=(({"hidden_size": 8192, "num_hidden_layers": 60}, 0.7),),  # Falcon-40B
+        returns_tuple=True,
+    ),
 }
+
+
+# Models whose language tower is a decoder of another family, at `model.language_model`; its configuration is their `text_config`.
+WRAPPERS = ("llava", "llava_next", "gemma3", "mistral3")
+WRAPPER_DISK_NAMES = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
+)
+
+
+def supported() -> list[str]:
+    """The values of model_type in config.json that are known."""
+    return [*(model_type for family in FAMILIES.values() for model_type in family.model_types), *WRAPPERS]
+
+
+class UnknownFamilyError(InputError):
+    """The model's type has no row here."""
+
+
+def read_family(path: Path) -> Family:
+    """A family that a user declares: a JSON object with the fields of `Family`. Raises InputError for anything else."""
+    try:
+        return TypeAdapter(Family).validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path} does not declare a family: {where}: {first['msg']} (docs/add-a-family.md).") from error
 
 
 def find_family(config: Any) -> tuple[str, Family]:
     """The family of a transformers configuration, with its name. Raises InputError for an unknown one and for a refused layout."""
     model_type = getattr(config, "model_type", None) or "(none)"
+    if model_type in WRAPPERS:
+        name, family = find_family(config.get_text_config())
+        blocks = re.sub(r"^model\.", "model.language_model.", family.blocks)
+        return name, replace(family, blocks=blocks, disk_names=WRAPPER_DISK_NAMES)
     for name, family in FAMILIES.items():
         if model_type in family.model_types:
             for refusal in family.refuse:
                 if all(getattr(config, key, None) == value for key, value in refusal.when.items()):
-                    raise InputError(f"this '{model_type}' layout cannot be smoothed exactly: {refusal.reason}.")
+                    raise InputError(
+                        f"this '{model_type}' layout cannot be smoothed exactly: {refusal.reason}. Other layouts of family '{name}' can."
+                    )
             return name, family
-    known = [t for family in FAMILIES.values() for t in family.model_types]
-    raise InputError(
-        f"unknown model family: model_type '{model_type}' in config.json. Supported: {', '.join(known)}.{did_you_mean(model_type, known)} "
-        "A new family is one row in models/families.py (docs/add-a-family.md)."
+    raise UnknownFamilyError(
+        f"unknown model family: model_type '{model_type}' in config.json. Supported: {', '.join(supported())}."
+        f"{did_you_mean(model_type, supported())} "
+        "A new family is one row, in models/families.py or given as --pairs FILE (docs/add-a-family.md)."
     )
 
 
@@ -123,8 +362,47 @@ def active_pairs(family: Family, config: Any, smooth: str) -> Iterator[Pair]:
     """The pairs that `smooth` asks for and that are exact under this configuration."""
     wanted = SMOOTH[1 : SMOOTH.index(smooth) + 1]
     for pair in family.pairs:
-        if pair.when in wanted and all(getattr(config, key) == value for key, value in pair.requires.items()):
+        if pair.when in wanted and is_exact(pair, config):
             yield pair
+
+
+def is_exact(pair: Pair, config: Any) -> bool:
+    """Whether the configuration has what the pair requires."""
+    return all(_fits(getattr(config, key), value) for key, value in pair.requires.items())
+
+
+def _fits(found: Any, required: Any) -> bool:
+    if required is ...:
+        return found is not None
+    return found in (required if isinstance(required, (tuple, list)) else (required,))
+
+
+def pairs_in(modules: Collection[str], pairs: Sequence[Pair]) -> Iterator[Pair]:
+    """The `pairs` of a block that has these `modules`, by path, with each `*` replaced by the experts that are there.
+
+    Raises InputError when a pair is there in part.
+    """
+    for pair in pairs:
+        for source, expert in _matches(pair.source, modules) or [(pair.source, "*")]:
+            patterns = [sink.replace("*", expert) if "*" in pair.source else sink for sink in pair.sinks]
+            sinks = [[name for name, _ in _matches(pattern, modules)] for pattern in patterns]
+            if pair.optional and not any(sinks):
+                continue
+            absent = [name for name, found in zip((source, *patterns), (source in modules, *sinks), strict=True) if not found]
+            if absent:
+                raise InputError(
+                    f"the pair {pair.source} -> {', '.join(pair.sinks)} matches nothing: the model's blocks have no '{absent[0]}'."
+                    f"{did_you_mean(absent[0], modules)} Its row in models/families.py does not fit this model."
+                )
+            yield replace(pair, source=source, sinks=tuple(name for found in sinks for name in found))
+
+
+def _matches(pattern: str, modules: Collection[str]) -> list[tuple[str, str]]:
+    """The `modules` that `pattern` names, each with what stands for its `*`."""
+    if "*" not in pattern:
+        return [(pattern, "")] if pattern in modules else []
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    return [(name, found[1]) for name in modules if (found := expression.fullmatch(name))]
 
 
 def published_alpha(family: Family, config: Any) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
-from smoothquant_plus.models.blocks import Decoder, linears
+from smoothquant_plus.models.blocks import Decoder, decoder_blocks, linears
 from smoothquant_plus.models.checkpoint import linear_layout
 from smoothquant_plus.models.families import Family
 
@@ -17,8 +17,8 @@ def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
     """Bytes of all the tensors of the model on disk and in memory, tied ones once; with `scheme`, the linears of its blocks quantized."""
     total = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     if scheme is not None:
-        for block in model.get_submodule(family.blocks).children():
-            for linear in linears(block).values():
+        for block in decoder_blocks(model, family):
+            for linear in linears(block, family).values():
                 total += linear_bytes(scheme, linear, linear.weight.dtype) - linear.weight.numel() * linear.weight.dtype.itemsize
     return total
 
@@ -26,8 +26,8 @@ def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
 def quantized_bytes(decoder: Decoder, scheme: Scheme) -> int:
     """Bytes of the checkpoint that quantizing the blocks of `decoder` gives."""
     total = decoder.checkpoint.nbytes
-    for index, block in enumerate(decoder.blocks):
-        for name, linear in linears(block).items():
+    for index in range(len(decoder)):
+        for name, linear in decoder.linears(index).items():
             stored = decoder.checkpoint.tensors[decoder.disk_name(f"{decoder.path(index)}.{name}.weight")]
             total += linear_bytes(scheme, linear, stored.dtype) - stored.nbytes
     return total
@@ -41,21 +41,22 @@ def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype) -> int:
 
 def fitting_group_sizes(model: Any, family: Family) -> list[int]:
     """The group sizes that divide the input channels of every linear of the blocks."""
-    layers = linears(model.get_submodule(family.blocks)).values()
-    return [size for size in GROUP_SIZES if all(linear.in_features % size == 0 for linear in layers)]
+    blocks = decoder_blocks(model, family)
+    widths = {linear.in_features for block in blocks for linear in linears(block, family).values()}
+    return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
 
 
 def largest_block(model: Any, family: Family) -> int:
     """The number of parameters of the largest decoder block."""
-    return max(sum(p.numel() for p in block.parameters()) for block in model.get_submodule(family.blocks).children())
+    return max(sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model, family))
 
 
 def quantizing_bytes(model: Any, family: Family, samples: int, seq_len: int) -> int:
     """Peak memory to quantize, estimated: the float32 block, its largest tensors once more while they are folded and quantized, two streams
     of hidden states, the largest table outside the blocks twice (read, and being written), and Python with its libraries."""
     block = largest_block(model, family) * 4
-    largest = max(p.numel() for p in model.get_submodule(family.blocks).parameters()) * 4
-    inside = {id(p) for p in model.get_submodule(family.blocks).parameters()}
+    largest = max(p.numel() for p in decoder_blocks(model, family).parameters()) * 4
+    inside = {id(p) for p in decoder_blocks(model, family).parameters()}
     outside = max(p.numel() * p.dtype.itemsize for p in model.parameters() if id(p) not in inside)
-    streams = 2 * samples * seq_len * model.config.hidden_size * 4
+    streams = 2 * samples * seq_len * model.config.get_text_config().hidden_size * 4
     return max(block + 3 * largest, 2 * outside) + streams + 600_000_000

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError, did_you_mean
-from smoothquant_plus.models.blocks import Decoder, linears
+from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.families import active_pairs
 
 
 def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
@@ -37,12 +38,14 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a dictionary of per-channel maxima.")
     statistics = {}
-    for index, block in enumerate(decoder.blocks):
-        for name, linear in linears(block).items():
+    for index in range(len(decoder)):
+        for name, linear in decoder.linears(index).items():
             full = f"{decoder.path(index)}.{name}"
             statistics[full] = _checked(path, full, found, linear.in_features)
-        for pair in decoder.family.pairs:
-            first, *others = (f"{decoder.path(index)}.{sink}" for sink in pair.sinks)
+        for pair in decoder.pairs(index, list(active_pairs(decoder.family, decoder.config, "all"))):
+            # All that read one input, but for experts, which see some of its tokens each.
+            sinks = [f"{decoder.path(index)}.{sink}" for sink in pair.sinks if ".experts." not in sink]
+            first, *others = [name for name in sinks if name in statistics] or [""]
             for other in others:
                 if not torch.equal(statistics[first], statistics[other]):
                     raise InputError(f"{path}: '{first}' and '{other}' read the same input, but their maxima differ.")

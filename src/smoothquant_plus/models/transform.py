@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ from smoothquant_plus.method.smooth import (
     fold_linear_source,
     fold_norm,
     fold_sink,
+    nearest_power_of_two,
     share_within_groups,
+    to_storage,
     weight_maxima,
 )
-from smoothquant_plus.models.blocks import Decoder, Stream, assign, linears
+from smoothquant_plus.models.blocks import Decoder, Stream, assign, is_transposed, linears
 from smoothquant_plus.models.checkpoint import linear_tensors
+from smoothquant_plus.models.experts import Routing, repeated
 from smoothquant_plus.models.families import Pair
+from smoothquant_plus.models.rows import kv_heads, source_rows
 
 # A right pair moves a block by rounding alone, about 1e-6; a wrong one by 0.2 and more (docs/pitfalls.md).
 EQUIVALENCE_TOLERANCE = 1e-3
@@ -41,7 +45,7 @@ class SmoothedPair:
 
 
 def smooth_block(
-    decoder: Decoder, index: int, block: nn.Module, pairs: Iterable[Pair], maxima: dict[str, Tensor], alpha: float
+    decoder: Decoder, index: int, block: nn.Module, pairs: Sequence[Pair], maxima: dict[str, Tensor], alpha: float
 ) -> list[SmoothedPair]:
     """Fold smoothing factors into the float32 weights of `block`, in place, one pair after the other.
 
@@ -49,42 +53,53 @@ def smooth_block(
     Raises InputError when a folded value cannot be stored in the checkpoint's dtype, naming the tensor.
     """
     smoothed = []
-    for pair in pairs:
+    quantized = decoder.linears(index)
+    for pair in decoder.pairs(index, pairs):
         source: Any = block.get_submodule(pair.source)
-        sinks: list[Any] = [block.get_submodule(sink) for sink in pair.sinks]
-        activation = maxima[pair.sinks[0]]
-        weights = weight_maxima([sink.weight for sink in sinks]).to(activation.device)
-        s = factors(activation, weights, alpha)
         path = f"{decoder.path(index)}.{pair.source}"
         if source.weight is None:
             raise InputError(f"{path} has no weight to fold the smoothing factors into (a norm without gain): use --smooth none.")
+        sinks: dict[str, Any] = {name: block.get_submodule(name) for name in pair.sinks}
+        names = [name for name in sinks if name in quantized]
+        activation = torch.stack([maxima[name] for name in names]).amax(dim=0)  # experts see some of the tokens each
+        weights = weight_maxima([sinks[name].weight for name in names]).to(activation.device)
+        s = factors(activation, weights, alpha)
+        if len(names) < len(sinks):
+            # A router stays in 16 bits: what it is multiplied by must not round it, or tokens would go to other experts.
+            s = nearest_power_of_two(s)
         try:
             s = _fold_source(decoder, path, source, pair, s.to(source.weight.device))
+            for name, sink in sinks.items():
+                fold_sink(sink.weight, s)
+                if name in quantized:
+                    maxima[name] = maxima[name] / s.cpu()
+                else:
+                    stored = decoder.stored_dtype(f"{decoder.path(index)}.{name}.weight")
+                    sink.weight.copy_(to_storage(sink.weight, stored, f"the weight of {name}"))
         except OverflowError as error:
             raise InputError(
                 f"{path}: {error}. Its smoothed values do not fit the checkpoint's dtype: convert the checkpoint to bfloat16 or float32, or "
                 f"choose another --alpha (now {alpha:g})."
             ) from error
-        for sink, name in zip(sinks, pair.sinks, strict=True):
-            fold_sink(sink.weight, s)
-            maxima[name] = maxima[name] / s.cpu()
         smoothed.append(SmoothedPair(pair.source, pair.sinks, s.cpu(), int(((activation <= 0) | (weights <= 0)).sum())))
     return smoothed
 
 
 def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor) -> Tensor:
     """Divide the source by `s` in place; returns the factors that the sinks must be multiplied by."""
-    rows = s
-    if pair.rows == "kv_groups":
-        config = decoder.config
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        rows, s = share_within_groups(s, groups, len(source.weight) // groups)
     bias = getattr(source, "bias", None)
     if isinstance(source, nn.Linear):
+        rows = source_rows(pair.rows, decoder.config, len(source.weight), len(s)).to(s.device)
+        of_rows = s
+        if len(rows) < len(s):  # the query heads of a group read the same value head
+            groups = kv_heads(decoder.config)
+            of_rows, s = share_within_groups(s, groups, len(rows) // groups)
+        divisors = torch.ones(len(source.weight), dtype=s.dtype, device=s.device)
+        divisors[rows] = of_rows
         # The weight is quantized next and never stored; only its bias is, in the checkpoint's dtype.
-        folded = fold_linear_source(source.weight, bias, rows, decoder.stored_dtype(f"{path}.weight"))
+        folded = fold_linear_source(source.weight, bias, divisors, decoder.stored_dtype(f"{path}.weight"))
     else:
-        folded = fold_norm(source.weight, bias, rows, decoder.stored_dtype(f"{path}.weight"), decoder.family.norm_offset)
+        folded = fold_norm(source.weight, bias, s, decoder.stored_dtype(f"{path}.weight"), decoder.family.norm_offset)
         s = folded.s
     source.weight.copy_(folded.weight)
     if bias is not None and folded.bias is not None:
@@ -109,7 +124,7 @@ def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Schem
     `maxima` is read for static activations only.
     """
     quantized = {}
-    for name, linear in linears(block).items():
+    for name, linear in linears(block, decoder.family).items():
         folded = linear.weight.cpu().float()
         weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
         quantized[name] = QuantizedLinear(weight, input_scale, weight_error(weight, folded), digest_of(weight))
@@ -156,10 +171,12 @@ def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dic
     for name, tensor in block.state_dict().items():
         if name.removesuffix(".weight") not in quantized:
             disk = decoder.disk_name(f"{path}.{name}")
-            tensors[disk] = tensor.to("cpu", decoder.checkpoint.tensors[disk].dtype)
+            stored = tensor.t() if is_transposed(decoder.family, f"{path}.{name}", tensor) else tensor
+            tensors[disk] = stored.to("cpu", decoder.checkpoint.tensors[disk].dtype)
     for name, linear in quantized.items():
         disk = decoder.disk_name(f"{path}.{name}.weight").removesuffix(".weight")
-        tensors |= {f"{disk}.{suffix}": tensor for suffix, tensor in linear_tensors(linear.weight, linear.input_scale).items()}
+        stored_as = linear_tensors(linear.weight, linear.input_scale, decoder.family.transposed)
+        tensors |= {f"{disk}.{suffix}": tensor for suffix, tensor in stored_as.items()}
     # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
     ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
     return tensors | {name: decoder.checkpoint.read(name) for name in ignored}
@@ -171,28 +188,33 @@ def prove_equivalent(
     index: int,
     stream: Stream,
     reference: list[Tensor],
+    routing: Routing,
     smoothed: Iterable[SmoothedPair],
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Run the `smoothed` block in float32 over the stream and compare with the original's outputs `reference`, also in float32: the largest
-    relative error over all tokens.
+    """Run the `smoothed` block in float32 over the stream and compare with the original's outputs `reference`, also in float32, whose tokens
+    went to experts as in `routing`: the largest relative error over all tokens.
 
-    Raises VerificationError above the tolerance.
+    Raises VerificationError above the tolerance, and when tokens are routed to other experts than before.
     """
     errors = []
-    for batch, before in enumerate(reference):
-        after = decoder.run(block, index, stream, batch, torch.float32)
-        errors.append(relative_error(before, after, stream.hidden[batch]))
-        progress(batch + 1)
+    with repeated(block, routing):
+        for batch, before in enumerate(reference):
+            after = decoder.run(block, index, stream, batch, torch.float32)
+            errors.append(relative_error(before, after, stream.hidden[batch]))
+            progress(batch + 1)
     error = torch.tensor(errors).amax().item()  # of a NaN too, which max() would lose
     # The sources' biases, divided by s, are rounded to the dtype they are stored in; nothing else is (method/smooth.py).
     biases = [f"{pair.source}.bias" for pair in smoothed if f"{pair.source}.bias" in block.state_dict()]
     rounding = [torch.finfo(decoder.stored_dtype(f"{decoder.path(index)}.{name}")).eps for name in biases]
     tolerance = max(EQUIVALENCE_TOLERANCE, *(4 * eps for eps in rounding), 0.0)
-    if not error <= tolerance:
+    if not error <= tolerance or not routing.same:
+        changed = f"relative error {error:.2e}, tolerance {tolerance:.0e}"
+        if not routing.same:
+            changed += f", and {routing.flipped} of {routing.tokens} tokens went to other experts"
         raise VerificationError(
-            f"smoothing changed the function of {decoder.path(index)}: relative error {error:.2e}, tolerance {tolerance:.0e}. Nothing was "
-            f"published. The pairs declared for family '{decoder.family_name}' do not fit this model; --smooth none quantizes it unsmoothed."
+            f"smoothing changed the function of {decoder.path(index)}: {changed}. Nothing was published. The pairs declared for family "
+            f"'{decoder.family_name}' do not fit this model; --smooth none quantizes it unsmoothed."
         )
     return error
 

@@ -23,7 +23,7 @@ def generate(
     backend: str | None = None,
 ) -> str:
     """What the model in `directory`, quantized or not, continues `prompt` with. Raises InputError as `load` does, and for an empty prompt."""
-    config = load_config(Path(directory))
+    config = load_config(Path(directory)).get_text_config()
     tokenizer = load_tokenizer(Path(directory))
     ids = tokenize(prompt, tokenizer)
     if not ids:

@@ -11,9 +11,21 @@ from transformers import GenerationConfig
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import assign, build_skeleton, check_device, disk_names, head_path, linears, load_config
+from smoothquant_plus.models.blocks import (
+    assign,
+    build_skeleton,
+    check_device,
+    declared_family,
+    decoder_blocks,
+    disk_names,
+    head_path,
+    is_transposed,
+    linears,
+    load_config,
+    open_family,
+)
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
-from smoothquant_plus.models.families import find_family
+from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.linear import QuantLinear
 
@@ -27,7 +39,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
     directory = Path(directory)
     device = check_device(device)
     config = load_config(directory)
-    _, family = find_family(config)
+    _, family = open_family(config, declared_family(directory))
     checkpoint = Checkpoint(directory)
     scheme = read_scheme(checkpoint.config, directory)
     if scheme is None and backend is not None:
@@ -40,22 +52,29 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{directory / 'generation_config.json'} cannot be read: {error}") from error
     names = disk_names(model, checkpoint, family, scheme)
-    for name, buffer in list(model.named_buffers()):
+    buffers = dict(model.named_buffers())
+    for name, buffer in buffers.items():
         assign(model, name, buffer.to(device))
 
-    blocks = model.get_submodule(family.blocks)
+    blocks = decoder_blocks(model, family)
     quantized: set[str] = set()
     with steps("load block", len(blocks)) as progress:
         for index, block in enumerate(blocks):
-            for name, linear in linears(block).items() if scheme else ():
+            for name, linear in linears(block, family).items() if scheme else ():
                 path = f"{family.blocks}.{index}.{name}"
                 parent, _, leaf = path.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, _read_linear(checkpoint, names, path, linear, scheme, device, dtype, backend))
+                setattr(
+                    model.get_submodule(parent), leaf, _read_linear(checkpoint, family, names, path, linear, scheme, device, dtype, backend)
+                )
                 quantized.add(path)
             progress.step()
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
-            assign(model, name, checkpoint.read(disk).to(device=device, dtype=dtype))
+            tensor = checkpoint.read(disk)
+            if is_transposed(family, name, tensor):
+                tensor = tensor.t().contiguous()
+            # Buffers, such as a router's correction of its scores, keep their own dtype.
+            assign(model, name, tensor.to(device, buffers[name].dtype if name in buffers else dtype))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head_path(model) in {name.rpartition(".")[0] for name in names} and not torch.equal(head.weight, table.weight):
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
@@ -65,6 +84,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
 
 def _read_linear(
     checkpoint: Checkpoint,
+    family: Family,
     names: dict[str, str],
     path: str,
     linear: nn.Linear,
@@ -75,7 +95,7 @@ def _read_linear(
 ) -> QuantLinear:
     assert scheme is not None
     disk = names[f"{path}.weight"].removesuffix(".weight")
-    weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features)
+    weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features, family.transposed)
     bias = checkpoint.read(names[f"{path}.bias"]).to(device=device, dtype=dtype) if linear.bias is not None else None
     input_scale = None if input_scale is None else input_scale.to(device)
     return QuantLinear(weight.to(device), scheme, input_scale=input_scale, bias=bias, backend=backend)

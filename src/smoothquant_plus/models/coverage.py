@@ -1,0 +1,85 @@
+"""What a run does to each layer of a block: which linears are quantized, which of them smoothed, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.families import Pair, is_exact, pairs_in
+
+UNPAIRED = "what feeds it takes no factor"
+
+
+def coverage(decoder: Decoder, index: int, smooth: str, active: Sequence[Pair], alpha: float | None) -> dict[str, Any]:
+    """`smoothed`: the linears of block `index` that are; `unsmoothed`: the others and why; `unquantized`: layers that stay as they are.
+
+    Experts are listed once, as `experts.*`.
+    """
+    modules = dict(decoder.blocks[index].named_modules())
+    quantized = decoder.linears(index)
+    smoothed = {sink for pair in decoder.pairs(index, active) for sink in pair.sinks} if alpha is not None else set()
+    reasons: dict[str, str] = {}
+    for name in quantized:
+        if name not in smoothed:
+            reasons[together(name)] = _reason(decoder, modules, name, smooth, alpha)
+    kept = [name for name, module in modules.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and name not in quantized]
+    return {
+        "smoothed": list(dict.fromkeys(together(name) for name in quantized if name in smoothed)),
+        "unsmoothed": reasons,
+        "unquantized": kept,
+    }
+
+
+def _reason(decoder: Decoder, modules: dict[str, Any], name: str, smooth: str, alpha: float | None) -> str:
+    if smooth == "none":
+        return "--smooth none"
+    feeding = [pair for pair in decoder.family.pairs if any(together(sink) == together(name) for sink in pair.sinks)]
+    for pair in feeding:
+        if is_exact(pair, decoder.config) and name in {sink for found in pairs_in(modules, [pair]) for sink in found.sinks}:
+            return "no alpha was better than no smoothing" if alpha is None and pair.when == "norms" else f"--smooth {pair.when} smooths it"
+    for pair in feeding:
+        unmet = [f"{key} is {getattr(decoder.config, key)!r}" for key in pair.requires if not is_exact(pair, decoder.config)]
+        if unmet:
+            return f"smoothing it would not be exact: {', '.join(unmet)}"
+    return UNPAIRED
+
+
+def together(name: str) -> str:
+    """`name` with the number of an expert replaced by `*`."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+
+
+def summary(records: Iterable[dict[str, Any]]) -> list[str]:
+    """What the user is told: the coverage of all blocks, and experts that no text reached."""
+    blocks = 0
+    smoothed, unsmoothed, kept = Counter[str](), Counter[tuple[str, str]](), Counter[str]()
+    unreached = experts = 0
+    for record in records:
+        blocks += 1
+        found = record["coverage"]
+        smoothed.update(found["smoothed"])
+        unsmoothed.update(found["unsmoothed"].items())
+        kept.update(found["unquantized"])
+        for tokens in record.get("experts", {}).get("tokens", {}).values():
+            experts += len(tokens)
+            unreached += tokens.count(0)
+
+    def count(name: str, number: int) -> str:
+        return name if number == blocks else f"{name} (in {number} of {blocks} blocks)"
+
+    by_reason: dict[str, list[str]] = {}
+    for (name, reason), number in unsmoothed.items():
+        by_reason.setdefault(reason, []).append(count(name, number))
+    lines = [f"smoothed and quantized: {', '.join(count(*item) for item in smoothed.items()) or 'nothing'}."]
+    lines += [f"quantized, not smoothed ({reason}): {', '.join(names)}." for reason, names in by_reason.items()]
+    if kept:
+        lines.append(f"left as they are: {', '.join(count(*item) for item in kept.items())}.")
+    if unreached:
+        lines.append(
+            f"{unreached} of {experts} experts were reached by no token of the calibration text and have the maxima of the other experts of "
+            "their block (plan.json counts the tokens): more text would measure them."
+        )
+    return lines

@@ -1,0 +1,123 @@
+"""Mixtures of experts: what the tiny models in test_families.py do not reach."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import families
+from smoothquant_plus.errors import VerificationError
+from smoothquant_plus.method.statistics import ChannelMaxima
+from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.experts import Routing, recorded, repeated, share_with_unreached, tokens_of_experts, unfuse
+from smoothquant_plus.models.families import FAMILIES
+from smoothquant_plus.models.transform import smooth_block
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
+from smoothquant_plus.runtime.load import load
+from smoothquant_plus.verification import STATISTICS, verify
+
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"]
+
+
+def test_an_unreached_expert_has_the_maxima_of_the_others() -> None:
+    measured = {
+        "mlp.experts.0.up_proj": ChannelMaxima(torch.tensor([1.0, 4.0]), tokens=3),
+        "mlp.experts.1.up_proj": ChannelMaxima(torch.tensor([2.0, 3.0]), tokens=1),
+        "mlp.experts.2.up_proj": ChannelMaxima.empty(2),
+        "mlp.experts.2.down_proj": ChannelMaxima.empty(1),
+        "mlp.experts.0.down_proj": ChannelMaxima(torch.tensor([9.0]), tokens=3),
+        "q_proj": ChannelMaxima(torch.tensor([7.0, 7.0]), tokens=4),
+    }
+    share_with_unreached(measured)
+    assert measured["mlp.experts.2.up_proj"].maxima.tolist() == [2.0, 4.0]
+    assert measured["mlp.experts.2.down_proj"].maxima.tolist() == [9.0]
+    assert measured["mlp.experts.0.up_proj"].maxima.tolist() == [1.0, 4.0]
+    assert tokens_of_experts(measured) == {"mlp.experts": [3, 1, 0]}
+
+
+def test_an_unknown_layout_of_experts_is_an_error() -> None:
+    fused = nn.Module()
+    fused.gate_up_proj = nn.Parameter(torch.empty(2, 8, 6))  # (E, hidden, 2 * intermediate): the other way round
+    fused.down_proj = nn.Parameter(torch.empty(2, 8, 3))
+    with pytest.raises(ValueError, match="laid out in a way that is not known"):
+        unfuse(nn.ModuleDict({"experts": fused}))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_no_text_reached(name: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """They are counted, reported, and quantized with statistics that are not zero; verify makes the same again."""
+    out = tmp_path / "out"
+    found = quantize(tiny(name), out, activations="static", smooth="all", calibration=Calibration(str(text_file), samples=1, seq_len=2))
+    unreached = [count for block in json.loads((out / "plan.json").read_text())["blocks"] for count in counts(block) if count == 0]
+    assert unreached
+    assert any(note.startswith(f"{len(unreached)} of ") for note in found.notes)
+    assert all(bool((maxima > 0).any()) for maxima in load_file(out / STATISTICS).values())
+    verify(out, tiny(name))
+
+
+def counts(block: dict[str, dict[str, dict[str, list[int]]]]) -> list[int]:
+    return [count for tokens in block.get("experts", {}).get("tokens", {}).values() for count in tokens]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("forgotten", ["mlp.gate", "mlp.experts.*.up_proj"])
+def test_a_forgotten_reader_is_caught(
+    name: str, forgotten: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, row = next((key, row) for key, row in FAMILIES.items() if families.TINY[name].model_type in row.model_types)
+    pairs = tuple(replace(pair, sinks=tuple(sink for sink in pair.sinks if sink != forgotten)) for pair in row.pairs)
+    monkeypatch.setitem(FAMILIES, family, replace(row, pairs=pairs))
+    with pytest.raises(VerificationError, match="changed the function of"):
+        quantize(tiny(name), tmp_path / "out", alpha=0.7, calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_router_is_rescaled_without_rounding(tiny: Callable[..., Path]) -> None:
+    directory = tiny("mixtral", torch.float16)
+    decoder = Decoder(Checkpoint(directory))
+    with decoder.block(0) as block, torch.no_grad():
+        before = block.get_submodule("mlp.gate").weight.clone()
+        maxima = {name: torch.rand(linear.in_features) * 100 for name, linear in decoder.linears(0).items()}
+        smoothed = smooth_block(decoder, 0, block, decoder.family.pairs, maxima, 0.5)
+        (pair,) = (pair for pair in smoothed if "mlp.gate" in pair.sinks)
+        after = block.get_submodule("mlp.gate").weight
+        assert torch.equal(after.half().float(), after) and torch.equal(after / pair.s, before)
+
+
+def test_a_tie_between_experts_is_no_change(tiny: Callable[..., Path]) -> None:
+    """The repetition sends each token where it went before, and counts those that wanted to go elsewhere."""
+    directory = tiny("mixtral", torch.float32)
+    decoder = Decoder(Checkpoint(directory))
+    stream = decoder.embed([families.IDS])
+    with decoder.block(0) as block, torch.no_grad():
+        router = block.get_submodule("mlp.gate")
+        router.weight[1] = router.weight[0]
+        with recorded(block) as routing:
+            before = decoder.run(block, 0, stream, 0)
+        router.weight[1] += 1e-6 * torch.randn_like(router.weight[1])  # what was a tie now goes either way
+        with repeated(block, routing):
+            after = decoder.run(block, 0, stream, 0)
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        assert routing.tokens == families.IDS.numel()
+    assert Routing(tokens=10_000, flipped=10).same and not Routing(tokens=10_000, flipped=11).same
+
+
+def test_an_expert_is_stored_under_the_name_of_the_source(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    source, out = tiny("mixtral"), tmp_path / "out"
+    quantize(source, out, calibration=calibration)
+    tensors = Checkpoint(out).tensors
+    assert tensors.keys() >= Checkpoint(source).tensors.keys()
+    assert tensors["model.layers.0.block_sparse_moe.experts.3.w1.weight"].dtype == torch.int8
+    assert tensors["model.layers.0.block_sparse_moe.gate.weight"].dtype == torch.float16
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.block_sparse_moe.gate" in ignored
+    assert load(out).model.layers[0].mlp.experts[3].gate_proj.scheme.name == "w8a8"
