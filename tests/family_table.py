@@ -53,7 +53,7 @@ def row(name: str, family: Family) -> list[str]:
 
 def measure(name: str) -> str:
     """The largest relative change of logits in float64, random factors on every pair, rounded up to a power of ten."""
-    with tempfile.TemporaryDirectory() as place, families.in_float64():
+    with tempfile.TemporaryDirectory() as place:
         errors = [
             families.change_by_smoothing(families.write(tiny, Path(place) / tiny, torch.float64), torch.float64, "all")
             for tiny in tiny_of(name)

@@ -95,6 +95,20 @@ def test_a_wrong_declaration_is_not_accepted(model: Path, declared: Path, text_f
         ),
         ({"pairs": [{"source": "self_attn.v_proj", "sinks": ["self_attn.o_proj"], "rows": "most"}]}, "pairs.0.rows"),
         ({"blocks": "model.layer"}, "no list of blocks at 'model.layer'"),
+        ({"pairs": [{"source": "input_layernorm", "sinks": ["self_attn.q_proj"], "requires": {"no_such_key": 1}}]}, "no_such_key"),
+        ({"disk_names": [["(", "x"]]}, "not what re.sub takes"),
+        ({"disk_names": [["model", "\\9"]]}, "not what re.sub takes"),
+        ({"pairs": [{"source": "mlp", "sinks": ["mlp.up_proj"]}]}, "neither a norm nor a linear layer"),
+        ({"pairs": [{"source": "input_layernorm", "sinks": ["post_attention_layernorm"]}]}, "post_attention_layernorm"),
+        ({"pairs": [{"source": "input_layernorm", "sinks": ["mlp"]}]}, "not a linear layer"),
+        ({"pairs": [{"source": "input_layernorm", "sinks": []}]}, "pairs.0.sinks"),
+        ({"pairs": []}, "has no pair"),
+        ({"alpha": 5}, "alpha"),
+        ({"norm_offset": float("nan")}, "norm_offset"),
+        ({"unquantized": ["mlp.gate_projj"]}, "leaves 'mlp.gate_projj' unquantized"),
+        ({"unquantized": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]}, "quantized"),
+        ({"refuse": [{"when": {"hidden_size": 64}, "reason": "it is small"}]}, "it is small"),
+        ({"returns_tuple": True}, "returns_tuple"),
         ("not json", "does not declare a family"),
         (None, "cannot be read"),
     ],
@@ -127,5 +141,4 @@ def test_the_walk_through(model: Path, tiny: Callable[..., Path], monkeypatch: p
     monkeypatch.setitem(FAMILIES, name, found[name])
     assert find_family(Decoder(Checkpoint(model)).config)[0] == name
     exact = families.write("stablelm", model.parent / "float64", torch.float64)
-    with families.in_float64():
-        assert families.change_by_smoothing(exact, torch.float64, "all") < 1e-9
+    assert families.change_by_smoothing(exact, torch.float64, "all") < 1e-9

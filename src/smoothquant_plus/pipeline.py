@@ -226,7 +226,7 @@ def quantize_one(
     record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, alpha)
     if found is not None:
         record["search"] = found
-    if experts := tokens_of_experts(measured):
+    if given is None and (experts := tokens_of_experts(measured)):
         record["experts"] = {"tokens": experts, "rerouted_tokens": routing.flipped}
     if stream is not None:
         work.blocks.keep_stream(index + 1, FULL, outputs)
@@ -310,7 +310,9 @@ def copy_outside(decoder: Decoder, directory: Path) -> None:
     head = decoder.head_names
     for number, names in ((0, [n for n in outside if n not in head]), (len(decoder) + 1, [n for n in outside if n in head])):
         if names and not (directory / shard_name(decoder, number)).is_file():
-            write_shard(directory / shard_name(decoder, number), {name: decoder.checkpoint.read(name) for name in names})
+            # What the model ignores may be infinite: the masks of old checkpoints are.
+            tensors = {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names}
+            write_shard(directory / shard_name(decoder, number), tensors)
 
 
 def unquantized(decoder: Decoder) -> list[str]:

@@ -57,7 +57,8 @@ def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -
     config = read_config(model)
     if "quantization_config" in config:
         raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
-    open_family(load_config(model), declared or declared_family(model))  # the family before the weights: its message is the more useful one
+    declared = declared or declared_family(model)
+    open_family(load_config(model), declared)  # the family before the weights: its message is the more useful one
     checkpoint = Checkpoint(model)
     dtype = torch.float32
     if calibration.compute_dtype == "checkpoint":
@@ -98,10 +99,8 @@ def choose_pairs(decoder: Decoder, smooth: str) -> list[Pair]:
     """The pairs to smooth. Raises InputError when there are none although smoothing was asked for."""
     pairs = list(active_pairs(decoder.family, decoder.config, smooth))
     if not pairs and smooth != "none":
-        raise InputError(
-            f"in family '{decoder.family_name}' no norm feeds linear layers directly, so --smooth {smooth} has nothing to smooth: use --smooth "
-            "all or --smooth none."
-        )
+        others = "--smooth all or --smooth none" if any(active_pairs(decoder.family, decoder.config, "all")) else "--smooth none"
+        raise InputError(f"family '{decoder.family_name}' has no pair that --smooth {smooth} smooths here: use {others}.")
     return pairs
 
 

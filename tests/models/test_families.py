@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CompressedTensorsConfig
 
 import families
@@ -65,12 +68,18 @@ def test_every_family_has_a_tiny_model() -> None:
 def test_smoothing_is_exact(name: str, smooth: str, tiny: Callable[..., Path]) -> None:
     if smooth == "norms" and name == "olmo2":
         pytest.skip("its norms feed no linear layers")
-    with families.in_float64():
-        assert families.change_by_smoothing(tiny(name, torch.float64), torch.float64, smooth) < 1e-9
+    assert families.change_by_smoothing(tiny(name, torch.float64), torch.float64, smooth) < 1e-9
 
 
-@ALL
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+# Every scheme for every kind of layer; for the other families those that differ most.
+CORE = ("llama", "opt", "gpt2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.bfloat16, name) for name in families.TINY] + [(torch.float16, name) for name in CORE],
+    ids=str,
+)
 def test_smoothing_survives_being_stored_in_16_bits(name: str, dtype: torch.dtype, tiny: Callable[..., Path]) -> None:
     """Gains and factors fit each other after rounding; the biases of sources are rounded, and nothing else."""
     assert families.change_by_smoothing(tiny(name, dtype), torch.float32, "all") < 2 * torch.finfo(dtype).eps
@@ -83,10 +92,6 @@ def test_what_is_loaded_is_what_transformers_loads(name: str, tiny: Callable[...
     directory = tiny(name, torch.float32)
     theirs = families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.float32)
     assert relative(logits(load(directory, dtype=torch.float32)), logits(theirs)) < 1e-6
-
-
-# Every scheme for every kind of layer; for the other families those that differ most.
-CORE = ("llama", "opt", "gpt2", "mixtral")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +140,9 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
         assert torch.equal(logits(model, generated)[0, 4:-1].argmax(-1), generated[0, 5:])
 
 
-@ALL
-@pytest.mark.parametrize(("scheme", "left"), [("static", 0.05), ("w4a16", 0.7)])
+@pytest.mark.parametrize(
+    ("scheme", "left", "name"), [("static", 0.05, name) for name in families.TINY] + [("w4a16", 0.7, name) for name in CORE]
+)
 def test_smoothing_recovers_what_planted_outliers_cost(
     name: str, scheme: str, left: float, text_file: Path, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:
@@ -195,6 +201,45 @@ def test_transformers_dequantizes_zero_points(name: str, tiny: Callable[..., Pat
     theirs = read_by_transformers(name, out, quantization_config=CompressedTensorsConfig(dequantize=True))
     # Their weights are rounded to the dtype of the scales, float16.
     assert relative(logits(load(out, dtype=torch.float32)), logits(theirs)) < 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "gemma3-vision"])
+@pytest.mark.parametrize("old", [True, False], ids=["as on the hub", "as today"])
+def test_wrappers_are_read_in_either_spelling(
+    name: str, old: bool, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny(name), source, ignore=lambda _, names: [n for n in names if "safetensors" in n])
+    checkpoint = Checkpoint(tiny(name))
+    tensors = {disk: checkpoint.read(disk) for disk in checkpoint.tensors}
+    if old:
+        tensors = {re.sub(r"^vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", disk): t for disk, t in tensors.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "preprocessor_config.json").write_text("{}")
+    quantize(source, tmp_path / "out", calibration=calibration)
+    verify(tmp_path / "out", source)
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    assert torch.equal(logits(load(source, dtype=torch.float32)), logits(load(tiny(name), dtype=torch.float32)))
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gptj", "gpt2"])
+def test_old_mask_buffers_are_carried_along(name: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    """What old checkpoints store beside weights, and models ignore: masks as booleans or bytes, and minus infinity."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny(name), source, ignore=lambda _, names: [n for n in names if "safetensors" in n])
+    checkpoint = Checkpoint(tiny(name))
+    block = Decoder(checkpoint).disk_name(next(n for n in Decoder(checkpoint).model.state_dict() if ".0." in n)).split(".0.")[0]
+    masks = {
+        f"{block}.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(),
+        f"{block}.1.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        f"{block}.1.attention.masked_bias": torch.tensor(float("-inf")).half(),
+        "unused": torch.tensor([float("-inf")]),
+    }
+    save_file({disk: checkpoint.read(disk) for disk in checkpoint.tensors} | masks, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, out, calibration=calibration)
+    verify(out, source)
+    assert load_file(out / "model-00002-of-00004.safetensors")[f"{block}.0.attention.bias"].dtype == torch.bool
 
 
 @ALL

@@ -30,10 +30,12 @@ from smoothquant_plus.models.families import (
     Pair,
     UnknownFamilyError,
     active_pairs,
+    check_refusals,
     find_family,
     pairs_in,
     read_family,
     supported,
+    unknown,
 )
 from smoothquant_plus.models.rows import source_rows
 
@@ -60,10 +62,12 @@ def load_config(directory: Path) -> Any:
                 f"{directory} brings its own model code (auto_map in config.json), which is not run. Use a version of the model that "
                 f"transformers supports itself.{did_you_mean(str(declared.get('model_type')), supported())}"
             ) from error
-        find_family(type("Declared", (), declared))  # the list of what is supported, for an unknown model_type
+        if declared.get("model_type") not in supported():
+            raise unknown(declared.get("model_type") or "(none)") from error
         raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error!r}") from error
-    if getattr(config, "num_hidden_layers", 1) < 1:
-        raise InputError(f"{directory / 'config.json'} has num_hidden_layers {config.num_hidden_layers}: there is no decoder block.")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if layers < 1:
+        raise InputError(f"{directory / 'config.json'} has num_hidden_layers {layers}: there is no decoder block.")
     # What is built from this is always the unquantized skeleton; linears are replaced by us.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -79,7 +83,9 @@ def open_family(config: Any, declared: Path | None) -> tuple[str, Family]:
     """The family of a model, with its name: what the file `declared` says, or the row of the configuration's model_type. Raises InputError
     when there is none, naming the row that would fit."""
     if declared is not None:
-        return "declared", read_family(declared)
+        family = read_family(declared)
+        check_refusals(family, config.get_text_config())
+        return "declared", family
     try:
         return find_family(config)
     except UnknownFamilyError as error:
@@ -163,7 +169,7 @@ class Decoder:
         self.device = torch.device(device)
         config = load_config(checkpoint.directory)
         self.config: Any = config.get_text_config()
-        self.declared = declared or declared_family(checkpoint.directory)
+        self.declared = declared
         self.family_name, self.family = open_family(config, self.declared)
         self.model: Any = build_skeleton(config, dtype)
         for name, buffer in list(self.model.named_buffers()):
@@ -171,6 +177,9 @@ class Decoder:
         self.blocks: Any = decoder_blocks(self.model, self.family)
         self._names = disk_names(self.model, checkpoint, self.family)
         check_pairs(self.family, self.config, self.blocks)
+        for name in self.family.unquantized if declared is not None else ():
+            if not any(name in dict(block.named_modules()) for block in self.blocks):
+                raise InputError(f"{declared} leaves '{name}' unquantized, which no block has.")
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -218,8 +227,10 @@ class Decoder:
 
     def materialize(self, index: int, dtype: torch.dtype) -> None:
         """Read the weights of block `index`, anew if they were read before, as `dtype`."""
+        # Buffers, such as a router's correction of its scores, stay in the dtype that they are stored in.
+        buffers = dict(self.blocks[index].named_buffers())
         for name in self.blocks[index].state_dict():
-            assign(self.blocks[index], name, self._read(f"{self.path(index)}.{name}", dtype))
+            assign(self.blocks[index], name, self._read(f"{self.path(index)}.{name}", None if name in buffers else dtype))
 
     def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
         tensor = self.checkpoint.read(self.disk_name(name))
@@ -346,6 +357,10 @@ class Decoder:
         call = stream.calls[batch][index]
         dtype = dtype or self.dtype
         output = block(stream.hidden[batch].to(self.device, dtype), *_cast(call.args, dtype), **_cast(call.kwargs, dtype))
+        if isinstance(output, tuple) != self.family.returns_tuple:
+            raise InputError(
+                f"{self.path(index)} returns {type(output).__name__}, and its family has returns_tuple {self.family.returns_tuple}."
+            )
         return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def run_all(self, block: nn.Module, index: int, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
@@ -424,7 +439,11 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
         modules = dict(block.named_modules())
         for pair in pairs_in(modules, list(active_pairs(family, config, "all"))):
             source = modules[pair.source]
+            if getattr(source, "weight", torch.empty(1)) is not None and not _is_source(source):
+                raise InputError(f"'{pair.source}' is the source of a pair, and neither a norm nor a linear layer.")
             for sink in pair.sinks:
+                if getattr(getattr(modules[sink], "weight", None), "ndim", 0) != 2:
+                    raise InputError(f"'{sink}' is a sink of {pair.source}, and not a linear layer.")
                 found = modules[sink].weight.shape[1]
                 channels = found
                 if getattr(source, "weight", None) is not None:
@@ -435,6 +454,13 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
                         f"the pair {pair.source} -> {sink} does not fit: {channels} channels out and {found} in, with rows '{pair.rows}'. "
                         "Its row in models/families.py does not fit this model."
                     )
+            if not set(pair.sinks) & set(linears(block, family)):
+                raise InputError(f"none of the sinks of {pair.source} is quantized, so there is nothing to smooth it for.")
+
+
+def _is_source(module: Any) -> bool:
+    """Whether it is a linear layer or has a gain for each channel."""
+    return isinstance(module, nn.Linear) or getattr(getattr(module, "weight", None), "ndim", 0) == 1
 
 
 def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme: Scheme | None = None) -> dict[str, str]:
@@ -445,20 +471,20 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
     read for that.
     """
     tied = f"{head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
-    packed = set()
-    if scheme is not None and scheme.weights.bits == 4:
+    quantized = set()
+    if scheme is not None:
         blocks = decoder_blocks(model, family)
-        packed = {f"{family.blocks}.{index}.{name}.weight" for index, block in enumerate(blocks) for name in linears(block, family)}
+        quantized = {f"{family.blocks}.{index}.{name}.weight" for index, block in enumerate(blocks) for name in linears(block, family)}
     names: dict[str, str] = {}
     missing = []
     for name, tensor in model.state_dict().items():
-        ending = "_packed" if name in packed else ""
+        ending = "_packed" if scheme is not None and scheme.weights.bits == 4 and name in quantized else ""
         found = next((spelling for spelling in family.spellings(name) if spelling + ending in checkpoint.tensors), None)
         if found is not None:
             names[name] = found
             if not ending:
                 shape = tensor.shape[::-1] if is_transposed(family, name, tensor) else tensor.shape
-                _check_stored(checkpoint, found, shape)
+                _check_stored(checkpoint, found, shape, name in quantized)
         elif name != tied:
             missing.append(name)
     if missing:
@@ -469,17 +495,20 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
     return names
 
 
-def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
+def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size, quantized: bool) -> None:
     info = checkpoint.tensors[name]
     path = checkpoint.directory / info.shard
     if info.shape != shape:
         raise InputError(
             f"'{name}' in {path} has shape {info.shape}, but config.json asks for {tuple(shape)}: one of the two belongs to another model."
         )
-    if not info.dtype.is_floating_point and not checkpoint.config.get("quantization_config"):
+    if not info.dtype.is_floating_point and not quantized:
+        dtype = str(info.dtype).removeprefix("torch.")
+        if checkpoint.config.get("quantization_config"):
+            raise InputError(f"'{name}' in {path} is {dtype}, and not one of the layers that its family quantizes.")
         raise InputError(
-            f"'{name}' in {path} is {str(info.dtype).removeprefix('torch.')}, and config.json has no quantization_config that says what it "
-            "stands for: use the full-precision checkpoint."
+            f"'{name}' in {path} is {dtype}, and config.json has no quantization_config that says what it stands for: use the full-precision "
+            "checkpoint."
         )
 
 

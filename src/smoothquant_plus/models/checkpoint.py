@@ -32,6 +32,9 @@ DTYPES = {
     "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 # Everything else that belongs to a model directory and is copied beside the quantized weights, where the source has it.
@@ -47,6 +50,9 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -87,8 +93,9 @@ class Checkpoint:
                     )
                 self.tensors[name] = found[name]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, in memory of its own. Raises InputError when it is not there or has values that are NaN or infinite."""
+    def read(self, name: str, finite: bool = True) -> Tensor:
+        """The tensor `name`, in memory of its own. Raises InputError when it is not there, and with `finite` for values that are NaN or
+        infinite."""
         if name not in self.tensors:
             raise InputError(f"{self.directory} has no tensor '{name}'.{did_you_mean(name, self.tensors)}")
         info = self.tensors[name]
@@ -104,7 +111,7 @@ class Checkpoint:
         if not complete:
             raise InputError(f"cannot read '{name}' from {path}: the file has become shorter since it was opened.")
         # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
-        if tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
+        if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
             raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
         return tensor
 

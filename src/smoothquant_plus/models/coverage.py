@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.models.families import Pair, is_exact, pairs_in
+from smoothquant_plus.models.families import SMOOTH, Pair, is_exact, pairs_in
 
 UNPAIRED = "what feeds it takes no factor"
 
@@ -39,7 +39,9 @@ def _reason(decoder: Decoder, modules: dict[str, Any], name: str, smooth: str, a
     feeding = [pair for pair in decoder.family.pairs if any(together(sink) == together(name) for sink in pair.sinks)]
     for pair in feeding:
         if is_exact(pair, decoder.config) and name in {sink for found in pairs_in(modules, [pair]) for sink in found.sinks}:
-            return "no alpha was better than no smoothing" if alpha is None and pair.when == "norms" else f"--smooth {pair.when} smooths it"
+            if alpha is None and SMOOTH.index(pair.when) <= SMOOTH.index(smooth):
+                return "no alpha was better than no smoothing"
+            return f"--smooth {pair.when} smooths it"
     for pair in feeding:
         unmet = [f"{key} is {getattr(decoder.config, key)!r}" for key in pair.requires if not is_exact(pair, decoder.config)]
         if unmet:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from smoothquant_plus.errors import InputError, did_you_mean
@@ -39,7 +39,7 @@ class Pair:
     """
 
     source: str
-    sinks: tuple[str, ...]
+    sinks: Annotated[tuple[str, ...], Field(min_length=1)]
     rows: Rows = "each"
     when: Literal["norms", "all"] = "norms"
     requires: Mapping[str, Any] = field(default_factory=dict)
@@ -60,26 +60,39 @@ class Family:
 
     `alpha` is the published SmoothQuant alpha (None when none is published); `alpha_of_sizes` are the sizes that differ.
     `norm_offset` is 1 for norms that multiply by (1 + weight). `disk_names` are other spellings that a checkpoint may have: a tensor `name` of
-    the model is also looked for as re.sub(pattern, replacement, name), for each of them. `returns_tuple`: whether a block's forward gives its
-    hidden states as the first of several values. `transposed`: whether weights of linears are stored (in, out), as GPT-2's Conv1D does.
-    `unquantized` are linears of a block that stay as they are.
+    the model is also looked for as re.sub(pattern, replacement, name), for each of them and for several together. `returns_tuple`: whether a
+    block's forward gives its hidden states as the first of several values. `transposed`: whether weights of linears are stored (in, out), as
+    GPT-2's Conv1D does. `unquantized` are linears of a block that stay as they are.
     """
 
     blocks: str
     pairs: tuple[Pair, ...]
     model_types: tuple[str, ...] = ()
-    alpha: float | None = None
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     alpha_of_sizes: tuple[tuple[Mapping[str, Any], float], ...] = ()
-    norm_offset: float = 0.0
+    norm_offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     disk_names: tuple[tuple[str, str], ...] = ()
     refuse: tuple[Refusal, ...] = ()
     returns_tuple: bool = False
     transposed: bool = False
     unquantized: tuple[str, ...] = ()
 
+    @field_validator("disk_names")
+    @classmethod
+    def _compile(cls, disk_names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        for pattern, replacement in disk_names:
+            try:
+                re.sub(f"{pattern}|", replacement, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"'{pattern}' and '{replacement}' are not what re.sub takes: {error}") from error
+        return disk_names
+
     def spellings(self, name: str) -> list[str]:
         """The names that a checkpoint may store the model's tensor or module `name` under, the model's own first."""
-        return [name, *(other for old, new in self.disk_names if (other := re.sub(old, new, name)) != name)]
+        found = [name]
+        for old, new in self.disk_names:
+            found += [other for known in found if (other := re.sub(old, new, known)) not in found]
+        return found
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -245,6 +258,7 @@ FAMILIES: dict[str, Family] = {
                 {"apply_residual_connection_post_layernorm": True},
                 "its residual stream reads the norms' outputs, which then feed more than linear layers",
             ),
+            Refusal({"slow_but_exact": True}, "its code reads the weights of linear layers itself (slow_but_exact; set it to false)"),
         ),
         returns_tuple=True,
     ),
@@ -259,6 +273,7 @@ FAMILIES: dict[str, Family] = {
         alpha=None,
         disk_names=((r"^transformer\.", ""),),
         transposed=True,
+        refuse=(Refusal({"add_cross_attention": True}, "it reads the states of an encoder, which calibration text does not give"),),
     ),
     "gpt_neox": Family(
         model_types=("gpt_neox",),
@@ -301,6 +316,9 @@ FAMILIES: dict[str, Family] = {
         ),
         alpha=0.6,
         alpha_of_sizes=(({"hidden_size": 8192, "num_hidden_layers": 60}, 0.7),),  # Falcon-40B
+        refuse=(
+            Refusal({"new_decoder_architecture": True, "parallel_attn": False}, "transformers' own code does not run this combination"),
+        ),
         returns_tuple=True,
     ),
 }
@@ -312,6 +330,7 @@ WRAPPER_DISK_NAMES = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
+    (r"^((model\.)?vision_tower)\.", r"\1.vision_model."),
 )
 
 
@@ -342,16 +361,26 @@ def find_family(config: Any) -> tuple[str, Family]:
     if model_type in WRAPPERS:
         name, family = find_family(config.get_text_config())
         blocks = re.sub(r"^model\.", "model.language_model.", family.blocks)
-        return name, replace(family, blocks=blocks, disk_names=WRAPPER_DISK_NAMES)
+        return name, replace(family, blocks=blocks, disk_names=(*family.disk_names, *WRAPPER_DISK_NAMES))
     for name, family in FAMILIES.items():
         if model_type in family.model_types:
-            for refusal in family.refuse:
-                if all(getattr(config, key, None) == value for key, value in refusal.when.items()):
-                    raise InputError(
-                        f"this '{model_type}' layout cannot be smoothed exactly: {refusal.reason}. Other layouts of family '{name}' can."
-                    )
+            check_refusals(family, config)
             return name, family
-    raise UnknownFamilyError(
+    raise unknown(model_type)
+
+
+def check_refusals(family: Family, config: Any) -> None:
+    """Raises InputError for a layout of the family that cannot be smoothed."""
+    for refusal in family.refuse:
+        if all(getattr(config, key, None) == value for key, value in refusal.when.items()):
+            raise InputError(
+                f"this '{config.model_type}' layout cannot be smoothed exactly: {refusal.reason}. Other layouts of its family can."
+            )
+
+
+def unknown(model_type: str) -> UnknownFamilyError:
+    """The error for a model_type that is not `supported`."""
+    return UnknownFamilyError(
         f"unknown model family: model_type '{model_type}' in config.json. Supported: {', '.join(supported())}."
         f"{did_you_mean(model_type, supported())} "
         "A new family is one row, in models/families.py or given as --pairs FILE (docs/add-a-family.md)."
@@ -367,7 +396,10 @@ def active_pairs(family: Family, config: Any, smooth: str) -> Iterator[Pair]:
 
 
 def is_exact(pair: Pair, config: Any) -> bool:
-    """Whether the configuration has what the pair requires."""
+    """Whether the configuration has what the pair requires. Raises InputError for a key that it does not have at all."""
+    for key in pair.requires:
+        if not hasattr(config, key):
+            raise InputError(f"the pair of {pair.source} requires '{key}', which config.json and the model's class do not know.")
     return all(_fits(getattr(config, key), value) for key, value in pair.requires.items())
 
 

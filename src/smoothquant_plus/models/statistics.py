@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.experts import share_with_unreached
 from smoothquant_plus.models.families import active_pairs
+from smoothquant_plus.progress import note
 
 
 def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
@@ -49,7 +53,18 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
             for other in others:
                 if not torch.equal(statistics[first], statistics[other]):
                     raise InputError(f"{path}: '{first}' and '{other}' read the same input, but their maxima differ.")
+    _give_unreached_their_share(path, statistics)
     return statistics
+
+
+def _give_unreached_their_share(path: Path, statistics: dict[str, Tensor]) -> None:
+    """Experts that the file's text did not reach have maxima of zero in it: they get those of the others, as when measured here."""
+    experts = {name: ChannelMaxima(maxima, int((maxima > 0).any())) for name, maxima in statistics.items() if ".experts." in name}
+    unreached = {re.sub(r"(\.experts\.\d+)\..*", r"\1", name) for name, found in experts.items() if found.tokens == 0}
+    if unreached:
+        note(f"{path}: {len(unreached)} experts have maxima of zero, they get those of the other experts of their block.")
+        share_with_unreached(experts)
+        statistics |= {name: found.maxima for name, found in experts.items()}
 
 
 def _checked(path: Path, name: str, found: dict[str, Tensor], channels: int) -> Tensor:

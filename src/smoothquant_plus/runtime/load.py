@@ -74,7 +74,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
             if is_transposed(family, name, tensor):
                 tensor = tensor.t().contiguous()
             # Buffers, such as a router's correction of its scores, keep their own dtype.
-            assign(model, name, tensor.to(device, buffers[name].dtype if name in buffers else dtype))
+            assign(model, name, tensor.to(device, tensor.dtype if name in buffers else dtype))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head_path(model) in {name.rpartition(".")[0] for name in names} and not torch.equal(head.weight, table.weight):
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
