@@ -320,7 +320,7 @@ CASES = [
     Case(
         "refused layout of BLOOM",
         lambda b: b.quantize(b.model("bloom", apply_residual_connection_post_layernorm=True)),
-        ("'bloom'", "cannot be smoothed", "residual stream", "Other layouts of family 'bloom' can"),
+        ("'bloom'", "cannot be smoothed", "residual stream", "Other layouts of its family can"),
     ),
     Case("refused layout", lambda b: b.quantize(b.model("opt", do_layer_norm_before=False)), ("'opt'", "cannot be smoothed", "OPT-350m")),
     Case("a word for a number", lambda b: b.quantize(b.model(hidden_size="wide")), ("/model/config.json", "hidden_size")),

@@ -8,14 +8,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from smoothquant_plus import __version__
+from smoothquant_plus.cli import app
 
 
 def sqplus(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "smoothquant_plus.cli", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def test_every_command_prints_one_json_object_and_nothing_else(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+def test_every_command_prints_one_json_object_and_nothing_else(
+    tiny: Callable[..., Path], text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has everything imported; file descriptors are captured, so that no library may talk there either."""
     model, out = tiny("llama"), tmp_path / "out"
     calibration = ("--text", text_file, "--samples", "4", "--seq-len", "32", "--json")
     runs = {
@@ -28,10 +34,10 @@ def test_every_command_prints_one_json_object_and_nothing_else(tiny: Callable[..
     }
     found = {}
     for command, arguments in runs.items():
-        done = sqplus(command, *arguments)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1
-        found[command] = json.loads(done.stdout)
+        app([command, *map(str, arguments)], standalone_mode=False)
+        printed = capfd.readouterr().out
+        assert printed.count("\n") == 1
+        found[command] = json.loads(printed)
     assert {"family", "blocks", "pairs", "sizes"} <= set(found["inspect"])
     expected = {"output", "scheme", "alpha", "blocks", "bytes_before", "bytes_after", "peak_rss_mb", "seconds"}
     assert expected <= set(found["quantize"])

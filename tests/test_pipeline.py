@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import families
 from smoothquant_plus import pipeline, preparation
 from smoothquant_plus.errors import InputError, VerificationError
-from smoothquant_plus.models import transform
+from smoothquant_plus.models import blocks, transform
 from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.families import FAMILIES, Pair
@@ -91,10 +91,10 @@ def test_each_block_is_read_once_and_in_order(
     reads: list[str] = []
     original = Checkpoint.read
 
-    def read(self: Checkpoint, name: str) -> torch.Tensor:
+    def read(self: Checkpoint, name: str, finite: bool = True) -> torch.Tensor:
         if self.directory == tiny():
             reads.append(name)
-        return original(self, name)
+        return original(self, name, finite)
 
     monkeypatch.setattr(Checkpoint, "read", read)
     quantize(tiny(), tmp_path / "out", calibration=calibration)
@@ -225,3 +225,17 @@ def test_verify_repeats_the_blocks_on_another_instruction_set(tiny: Callable[...
     quantize(source, tmp_path / "out", smooth="all", calibration=calibration)
     command = [sys.executable, "-m", "smoothquant_plus.cli", "verify", str(tmp_path / "out"), "--against", str(source)]
     subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"}, check=True, capture_output=True)
+
+
+def test_what_lies_outside_the_blocks_is_copied_in_pieces(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vision tower, or layers that the model ignores, may be larger than any block."""
+    whole = tmp_path / "whole"
+    quantize(tiny("llava"), whole, calibration=calibration)
+    monkeypatch.setattr(blocks, "OUTSIDE_BYTES", 10_000)
+    out = tmp_path / "out"
+    quantize(tiny("llava"), out, calibration=calibration)
+    verify(out, tiny("llava"))
+    assert len(Checkpoint(out).shards) > len(Checkpoint(whole).shards)
+    assert Checkpoint(out).tensors.keys() == Checkpoint(whole).tensors.keys()

@@ -221,7 +221,7 @@ def quantize_one(
                 part = halves(progress, 0.5, len(reference))
                 error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed, part)
         quantized = quantize_block(decoder, index, block, method.scheme, maxima)
-        write_shard(work.directory / shard_name(decoder, index + 1), block_tensors(decoder, index, block, quantized))
+        write_shard(work.directory / shard_names(decoder)[1][index], block_tensors(decoder, index, block, quantized))
     record = record_of(smoothed, quantized, error, alpha)
     record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, alpha)
     if found is not None:
@@ -298,21 +298,21 @@ def record_of(
     }
 
 
-def shard_name(decoder: Decoder, number: int) -> str:
-    """Shard 0 is what lies outside the blocks, 1 to len(decoder) are the blocks; an output head of its own is the last one."""
-    return f"model-{number + 1:05d}-of-{len(decoder) + 1 + bool(decoder.head_names):05d}.safetensors"
+def shard_names(decoder: Decoder) -> tuple[list[str], list[str]]:
+    """The files of what lies outside the blocks, one for each group of `Decoder.outside`, and of the blocks; an output head of its own is the
+    last file of all."""
+    count = len(decoder.outside) + len(decoder)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    before = len(decoder.outside) - bool(decoder.head_names)
+    return names[:before] + names[before + len(decoder) :], names[before : before + len(decoder)]
 
 
 def copy_outside(decoder: Decoder, directory: Path) -> None:
-    """Everything outside the blocks, as it is: the output head in a shard of its own, so that no two large tables are in memory at once."""
-    in_blocks = {name for index in range(len(decoder)) for name in decoder.block_tensors(index)}
-    outside = [name for name in decoder.checkpoint.tensors if name not in in_blocks]
-    head = decoder.head_names
-    for number, names in ((0, [n for n in outside if n not in head]), (len(decoder) + 1, [n for n in outside if n in head])):
-        if names and not (directory / shard_name(decoder, number)).is_file():
+    """Everything outside the blocks, as it is, one group of tensors in memory at a time."""
+    for file, names in zip(shard_names(decoder)[0], decoder.outside, strict=True):
+        if not (directory / file).is_file():
             # What the model ignores may be infinite: the masks of old checkpoints are.
-            tensors = {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names}
-            write_shard(directory / shard_name(decoder, number), tensors)
+            write_shard(directory / file, {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names})
 
 
 def unquantized(decoder: Decoder) -> list[str]:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from smoothquant_plus.models.families import (
     unknown,
 )
 from smoothquant_plus.models.rows import source_rows
+
+OUTSIDE_BYTES = 1 << 30
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
@@ -191,12 +194,12 @@ class Decoder:
     def in_blocks(self, name: str) -> bool:
         return name.startswith(f"{self.family.blocks}.")
 
-    @property
+    @cached_property
     def known_names(self) -> set[str]:
         """Names in the checkpoint of the tensors that the model has."""
         return set(self._names.values())
 
-    @property
+    @cached_property
     def head_names(self) -> set[str]:
         """Names in the checkpoint of the output head's own tensors: none when it is tied to the input embedding and not stored."""
         head = head_path(self.model)
@@ -213,6 +216,23 @@ class Decoder:
         """Names in the checkpoint of every tensor under block `index`, the model's own and any that it ignores."""
         prefix = self.path(index) + "."
         return [name for name in self.checkpoint.tensors if name.startswith(tuple(self.family.spellings(prefix)))]
+
+    @cached_property
+    def outside(self) -> list[list[str]]:
+        """Names in the checkpoint of everything outside the blocks, in groups of about a gigabyte or of one tensor: what may be in memory
+        together. The output head's own tensors are the last group, if it has any."""
+        inside = {name for index in range(len(self)) for name in self.block_tensors(index)}
+        groups: list[list[str]] = []
+        size = 0
+        for name, info in self.checkpoint.tensors.items():
+            if name in inside or name in self.head_names:
+                continue
+            if not groups or size + info.nbytes > OUTSIDE_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += info.nbytes
+        return [*groups, sorted(self.head_names)] if self.head_names else groups
 
     @contextmanager
     def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
