@@ -12,7 +12,7 @@ dev: .venv/dev
 demo: setup
 	$(BIN)/sqplus demo
 test: dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
