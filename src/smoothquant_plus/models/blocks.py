@@ -457,6 +457,7 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
     """Raises InputError when a pair names a module that a block does not have, or channels that do not match."""
     for block in blocks:
         modules = dict(block.named_modules())
+        quantized = set(linears(block, family))
         for pair in pairs_in(modules, list(active_pairs(family, config, "all"))):
             source = modules[pair.source]
             if getattr(source, "weight", torch.empty(1)) is not None and not _is_source(source):
@@ -474,7 +475,7 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
                         f"the pair {pair.source} -> {sink} does not fit: {channels} channels out and {found} in, with rows '{pair.rows}'. "
                         "Its row in models/families.py does not fit this model."
                     )
-            if not set(pair.sinks) & set(linears(block, family)):
+            if not quantized.intersection(pair.sinks):
                 raise InputError(f"none of the sinks of {pair.source} is quantized, so there is nothing to smooth it for.")
 
 

@@ -23,7 +23,7 @@ def coverage(decoder: Decoder, index: int, smooth: str, active: Sequence[Pair], 
     smoothed = {sink for pair in decoder.pairs(index, active) for sink in pair.sinks} if alpha is not None else set()
     reasons: dict[str, str] = {}
     for name in quantized:
-        if name not in smoothed:
+        if name not in smoothed and together(name) not in reasons:  # once for all experts
             reasons[together(name)] = _reason(decoder, modules, name, smooth, alpha)
     kept = [name for name, module in modules.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and name not in quantized]
     return {
