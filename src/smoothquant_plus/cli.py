@@ -36,6 +36,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples, spread evenly over the text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sample.")]
 ComputeDtype = Annotated[str, typer.Option(help="What blocks are run in while measuring: float32 or checkpoint (the weights' own dtype).")]
+LmHead = Annotated[
+    str | None, typer.Option(help="What the output head becomes: w8a8 or w4a16; by default it stays as it is, as in both papers.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
 Backend = Annotated[str | None, typer.Option(help="reference or torch; by default the best that supports each layer.")]
 
@@ -107,6 +110,7 @@ def quantize(
     weights: Annotated[str | None, typer.Option(help="w8a8: channel (a scale per output channel, the default) or tensor.")] = None,
     group_size: Annotated[int | None, typer.Option(help="w4a16: input channels that share a scale: 128 (the default), 64 or 32.")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="w4a16: no zero points.")] = False,
+    lm_head: LmHead = None,
     smooth: Annotated[
         str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")
     ] = "norms",
@@ -145,6 +149,7 @@ def quantize(
         weights=weights,
         group_size=group_size,
         symmetric=symmetric,
+        lm_head=lm_head,
         smooth=smooth,
         alpha=alpha,
         calibration=calibration,
@@ -258,11 +263,11 @@ def generate(
 
 
 @command
-def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, as_json: Json = False) -> None:
+def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, lm_head: LmHead = None, as_json: Json = False) -> None:
     """What MODEL is and what it would become: family, pairs, sizes, memory. A config.json alone is enough."""
     from smoothquant_plus.inspection import inspect as run
 
-    found = run(model, samples, seq_len)
+    found = run(model, samples, seq_len, lm_head)
 
     def human() -> None:
         alpha = "none published (0.5 is used)" if found.alpha is None else f"{found.alpha:g} (published)"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
-from smoothquant_plus.models.blocks import build_skeleton, declared_family, decoder_blocks, load_config, open_family
+from smoothquant_plus.models.blocks import build_skeleton, declared_family, decoder_blocks, load_config, open_family, quantized_linears
 from smoothquant_plus.models.families import active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 
@@ -32,8 +32,9 @@ class Inspection:
     memory_to_quantize: int
 
 
-def inspect(model: str | Path, samples: int = 128, seq_len: int = 512) -> Inspection:
-    """Family, pairs, sizes and memory of a model directory in which config.json is enough. Raises InputError as `open_family` does."""
+def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: str | None = None) -> Inspection:
+    """Family, pairs, sizes and memory of a model directory in which config.json is enough; `lm_head` is what the output head becomes in the
+    sizes. Raises InputError as `open_family` and `find_scheme` do."""
     config = load_config(Path(model))
     name, family = open_family(config, declared_family(Path(model)))
     dtype = config.dtype or torch.float16
@@ -41,9 +42,16 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512) -> Inspec
     active = list(active_pairs(family, config.get_text_config(), "all"))
     pairs = [{"source": pair.source, "sinks": list(pair.sinks), "smooth": pair.when} for pair in active]
     sizes = {str(dtype).removeprefix("torch."): stored_bytes(skeleton, family, None)}
-    sizes |= {scheme: stored_bytes(skeleton, family, found) for scheme, found in SCHEMES.items() if found.weights.group_size is None}
-    for size in fitting_group_sizes(skeleton, family):
-        sizes[f"w4a16, groups of {size}"] = stored_bytes(skeleton, family, find_scheme("w4a16", group_size=size))
+    for scheme in SCHEMES:
+        grouped = find_scheme(scheme, lm_head=lm_head)
+        fitting = fitting_group_sizes(quantized_linears(skeleton, family, grouped))
+        if grouped.weights.group_size:
+            for size in fitting:
+                sizes[f"{scheme}, groups of {size}"] = stored_bytes(skeleton, family, find_scheme(scheme, group_size=size, lm_head=lm_head))
+        elif grouped.head is None or grouped.head.weights.group_size is None:
+            sizes[scheme] = stored_bytes(skeleton, family, grouped)
+        elif fitting:  # the largest groups that fit the head
+            sizes[scheme] = stored_bytes(skeleton, family, find_scheme(scheme, group_size=fitting[0], lm_head=lm_head))
     return Inspection(
         family=name,
         model_type=config.model_type,

@@ -18,13 +18,22 @@ from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme, find_scheme
 from smoothquant_plus.method.search import GRID
 from smoothquant_plus.method.statistics import ChannelMaxima
-from smoothquant_plus.models.blocks import Decoder, Stream
+from smoothquant_plus.models.blocks import Decoder, Stream, head_paths
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, quantization_config, read_config, write_index, write_shard
 from smoothquant_plus.models.coverage import coverage, summary
 from smoothquant_plus.models.experts import recorded, tokens_of_experts
 from smoothquant_plus.models.families import FAMILY_FILE, Pair
 from smoothquant_plus.models.statistics import read_statistics
-from smoothquant_plus.models.transform import QuantizedLinear, SmoothedPair, block_tensors, prove_equivalent, quantize_block, smooth_block
+from smoothquant_plus.models.transform import (
+    QuantizedLinear,
+    SmoothedPair,
+    block_tensors,
+    head_tensors,
+    prove_equivalent,
+    quantize_block,
+    quantize_head,
+    smooth_block,
+)
 from smoothquant_plus.preparation import (
     Calibration,
     check_calibration,
@@ -87,6 +96,7 @@ def quantize(
     weights: str | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
+    lm_head: str | None = None,
     smooth: str = "norms",
     alpha: str | float = "default",
     calibration: Calibration = NO_TEXT,
@@ -96,7 +106,9 @@ def quantize(
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
     `scheme` is 'w8a8' or 'w4a16'. For w8a8 `activations` is 'token' (O1), 'tensor' (O2) or 'static' (O3) and `weights` 'channel' or
-    'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `smooth` is 'none', 'norms' or 'all'.
+    'tensor'; for w4a16 `group_size` is 128, 64 or 32, and `symmetric` leaves out zero points. `lm_head` is 'w8a8' or 'w4a16' to quantize the
+    output head too, rounded to nearest and with dynamic activations whatever the blocks have; a head that is tied to the embedding then
+    becomes one of its own, and the embedding stays as it is. `smooth` is 'none', 'norms' or 'all'.
     `alpha` is a number in 0..1; 'model', searched by the loss of the whole quantized model (SmoothQuant+); 'block', searched for each
     block by itself; or 'default', the family's published value for w8a8 and 'model' for w4a16. `pairs` is a file that declares
     the family of a model that has no row of its own (docs/add-a-family.md). Killed at any moment, the same call continues where it was and
@@ -105,7 +117,7 @@ def quantize(
     """
     start = time.monotonic()
     model, output = Path(model), Path(output)
-    chosen = find_scheme(scheme, activations, weights, group_size, symmetric)
+    chosen = find_scheme(scheme, activations, weights, group_size, symmetric, lm_head)
     decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
     check_groups(decoder, chosen)
     notes: list[str] = []
@@ -129,7 +141,7 @@ def quantize(
             samples = read_samples(decoder, calibration) if needs_runs else None
             work.check_samples(samples.batches if samples else [])
             check_space(decoder, work, chosen, samples, search, 0 if work.search_result.is_file() else searched)
-            copy_outside(decoder, work.directory)  # before the long work: it reads, and so checks, the tables
+            copy_outside(decoder, work, chosen)  # before the long work: it reads, and so checks, the tables
             facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
             if strength == "model":
                 assert samples is not None
@@ -138,6 +150,8 @@ def quantize(
                 notes.append(search_note(found))
             quantize_blocks(decoder, work, Method(chosen, smooth, active, strength), calibration, samples, search)
             notes += summary(work.blocks.records())
+            if chosen.head:
+                notes.append(head_note(decoder, chosen.head, json.loads(work.head_result.read_text())))
             finish(decoder, work, chosen, recipe, {"alpha": strength, **facts})
             verify(work.directory)
             work.publish(work.directory)
@@ -221,7 +235,7 @@ def quantize_one(
                 part = halves(progress, 0.5, len(reference))
                 error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed, part)
         quantized = quantize_block(decoder, index, block, method.scheme, maxima)
-        write_shard(work.directory / shard_names(decoder)[1][index], block_tensors(decoder, index, block, quantized))
+        write_shard(work.directory / shard_names(decoder, method.scheme).blocks[index], block_tensors(decoder, index, block, quantized))
     record = record_of(smoothed, quantized, error, alpha)
     record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, alpha)
     if found is not None:
@@ -298,24 +312,56 @@ def record_of(
     }
 
 
-def shard_names(decoder: Decoder) -> tuple[list[str], list[str]]:
-    """The files of what lies outside the blocks, one for each group of `Decoder.outside`, and of the blocks; an output head of its own is the
-    last file of all."""
-    count = len(decoder.outside) + len(decoder)
+@dataclass(frozen=True)
+class Shards:
+    """The files of an output: of what lies outside the blocks, one for each group of `Decoder.outside`; of the blocks; and last of all, if
+    it has one of its own, of the output head."""
+
+    outside: list[str]
+    blocks: list[str]
+    head: str | None
+
+
+def shard_names(decoder: Decoder, scheme: Scheme) -> Shards:
+    outside, blocks = len(decoder.outside), len(decoder)
+    head = bool(decoder.head_names) or scheme.head is not None
+    count = outside + blocks + head
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    before = len(decoder.outside) - bool(decoder.head_names)
-    return names[:before] + names[before + len(decoder) :], names[before : before + len(decoder)]
+    return Shards(names[:outside], names[outside : outside + blocks], names[-1] if head else None)
 
 
-def copy_outside(decoder: Decoder, directory: Path) -> None:
-    """Everything outside the blocks, as it is, one group of tensors in memory at a time."""
-    for file, names in zip(shard_names(decoder)[0], decoder.outside, strict=True):
-        if not (directory / file).is_file():
+def copy_outside(decoder: Decoder, work: Workspace, scheme: Scheme) -> None:
+    """Everything outside the blocks, as it is, one group of tensors in memory at a time; the output head quantized, if it is to be."""
+    files = shard_names(decoder, scheme)
+    groups = dict(zip(files.outside, decoder.outside, strict=True))
+    if scheme.head is not None:
+        if not work.head_result.is_file():
+            write_head(decoder, work, scheme.head, files)
+    elif files.head is not None:
+        groups[files.head] = sorted(decoder.head_names)
+    for file, names in groups.items():
+        if not (work.directory / file).is_file():
             # What the model ignores may be infinite: the masks of old checkpoints are.
-            write_shard(directory / file, {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names})
+            write_shard(work.directory / file, {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names})
 
 
-def unquantized(decoder: Decoder) -> list[str]:
+def write_head(decoder: Decoder, work: Workspace, scheme: Scheme, files: Shards) -> None:
+    """The quantized output head, then what plan.json says of it: when that is on disk, the head is done."""
+    assert files.head is not None
+    quantized = quantize_head(decoder, scheme)
+    write_shard(work.directory / files.head, head_tensors(decoder, quantized))
+    write_json(work.head_result, {"name": decoder.head_path, "weight_error": quantized.error, "sha256": quantized.digest})
+
+
+def head_note(decoder: Decoder, scheme: Scheme, record: dict[str, Any]) -> str:
+    """What became of the output head, in a sentence."""
+    tied = "" if decoder.head_is_stored else "; the embedding that it was tied to stays as it is, and a head of its own is stored"
+    return (
+        f"output head quantized, not smoothed: {record['name']}, {scheme.name}, relative weight error {record['weight_error']:.1e}{tied}."
+    )
+
+
+def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
     """The linear layers that stay as they are, routers too, under the checkpoint's names: what its readers must not look for integers in."""
     inside = [set(decoder.linears(index)) for index in range(len(decoder))]
     names = []
@@ -325,9 +371,17 @@ def unquantized(decoder: Decoder) -> list[str]:
             weight = getattr(module, "weight", None)
             if weight is not None and weight.ndim == 2 and path not in inside[int(number)]:
                 names.append(decoder.disk_name(f"{name}.weight").removesuffix(".weight"))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
             names.append(name)
     return names
+
+
+def with_own_head(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json whose output head is not tied to the embedding, whatever was said or left to the default."""
+    own = {**config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), dict):
+        own["text_config"] = with_own_head(config["text_config"])
+    return own
 
 
 def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -338,9 +392,9 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
             write_bytes(directory / name, (source / name).read_bytes())
     if decoder.declared:
         write_bytes(directory / FAMILY_FILE, decoder.declared.read_bytes())
-    config = read_config(source)
-    ignore = unquantized(decoder)
-    write_json(directory / CONFIG, {**config, "quantization_config": quantization_config(scheme, ignore)})
+    config = with_own_head(read_config(source)) if scheme.head else read_config(source)
+    declared = quantization_config(scheme, unquantized(decoder, scheme), head_paths(decoder.model, decoder.family))
+    write_json(directory / CONFIG, {**config, "quantization_config": declared})
     write_index(directory)
     for kind, file in ((MAXIMA, STATISTICS), (FACTORS, SMOOTHING)):
         kept = {name.removeprefix(kind): tensor for name, tensor in work.blocks.tensors().items() if name.startswith(kind)}
@@ -353,6 +407,8 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
         "blocks": blocks,
         **facts,
     }
+    if scheme.head:
+        plan["head"] = json.loads(work.head_result.read_text())
     write_json(directory / PLAN, plan)
     write_json(directory / MANIFEST, manifest(directory))
 

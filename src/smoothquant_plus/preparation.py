@@ -16,7 +16,15 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, check_device, check_positions, declared_family, load_config, open_family
+from smoothquant_plus.models.blocks import (
+    Decoder,
+    check_device,
+    check_positions,
+    declared_family,
+    load_config,
+    open_family,
+    quantized_linears,
+)
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, quantized_bytes
@@ -129,18 +137,17 @@ def check_search(calibration: Calibration, search: Search, alpha: str) -> None:
 
 
 def check_groups(decoder: Decoder, scheme: Scheme) -> None:
-    """Raises InputError for a layer whose input channels the scheme's group size does not divide."""
-    size = scheme.weights.group_size
-    if size is None:
-        return
-    for index in range(len(decoder)):
-        for name, linear in decoder.linears(index).items():
-            if linear.in_features % size:
-                would = " or ".join(map(str, fitting_group_sizes(decoder.model, decoder.family)))
-                raise InputError(
-                    f"groups of {size} do not divide the {linear.in_features} input channels of {decoder.path(index)}.{name}: "
-                    + (f"--group-size {would} would do." if would else "no group size fits this model, use --scheme w8a8.")
-                )
+    """Raises InputError for a layer, the output head among them, whose input channels the group size of its scheme does not divide."""
+    layers = quantized_linears(decoder.model, decoder.family, scheme)
+    for path, (linear, own) in layers.items():
+        size = own.weights.group_size
+        if size and linear.in_features % size:
+            would = " or ".join(map(str, fitting_group_sizes(layers)))
+            instead = "--lm-head w8a8" if path == decoder.head_path else "--scheme w8a8"
+            raise InputError(
+                f"groups of {size} do not divide the {linear.in_features} input channels of {path}: "
+                + (f"--group-size {would} would do." if would else f"no group size fits this model, use {instead}.")
+            )
 
 
 def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search, searched: int) -> None:

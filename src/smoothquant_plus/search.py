@@ -57,8 +57,9 @@ def search_model(
     """The loss of the whole quantized model for each alpha of the grid: what plan.json says of the search, `alpha` the best one.
 
     Runs through the model once, reading each block once. `mse` is the mean squared error of the final hidden states (what the output head
-    reads) against the full-precision model's, and decides; `cross_entropy` is the next-token loss in nats. 'unsmoothed' is the model that
-    is quantized without smoothing; when nothing on the grid is better, `alpha` is None. Continues where an interrupted search was.
+    reads) against the full-precision model's, and decides; `cross_entropy` is the next-token loss in nats, through the full-precision head
+    even where that is quantized too. 'unsmoothed' is the model that is quantized without smoothing; when nothing on the grid is better,
+    `alpha` is None. Continues where an interrupted search was.
     Raises InputError when no alpha can be used.
     """
     if work.search_result.is_file():

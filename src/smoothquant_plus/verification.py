@@ -21,15 +21,26 @@ from smoothquant_plus.models.blocks import (
     declared_family,
     decoder_blocks,
     disk_names,
+    head_path,
+    head_paths,
+    is_transposed,
     linears,
     load_config,
     open_family,
 )
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
 from smoothquant_plus.models.experts import recorded
-from smoothquant_plus.models.families import FAMILY_FILE, active_pairs
+from smoothquant_plus.models.families import FAMILY_FILE, Family, active_pairs
 from smoothquant_plus.models.statistics import read_statistics
-from smoothquant_plus.models.transform import block_tensors, digest_of, prove_equivalent, quantize_block, smooth_block
+from smoothquant_plus.models.transform import (
+    block_tensors,
+    digest_of,
+    head_tensors,
+    prove_equivalent,
+    quantize_block,
+    quantize_head,
+    smooth_block,
+)
 from smoothquant_plus.progress import steps
 from smoothquant_plus.text import synthetic_samples
 from smoothquant_plus.workspace import PLAN
@@ -124,16 +135,17 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
 def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None:
     plan = read_plan(directory)
     checkpoint = Checkpoint(directory)
-    scheme = read_scheme(checkpoint.config, directory)
-    if scheme is None:
+    if "quantization_config" not in checkpoint.config:
         problems.append(f"{CONFIG} has no quantization_config, and {PLAN} says the model is quantized")
         return
-    declared, planned = scheme.model_dump(include={"weights", "inputs"}), plan["recipe"].get("scheme")
-    if not isinstance(planned, dict) or any(planned.get(key) != value for key, value in declared.items()):
-        problems.append(f"{CONFIG} declares another quantization than {PLAN}")
     config = load_config(directory)
     _, family = open_family(config, declared_family(directory))
-    model = build_skeleton(config, torch.float32)
+    model: Any = build_skeleton(config, torch.float32)
+    scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
+    assert scheme is not None
+    declared, planned = scheme.model_dump(include={"weights", "inputs", "head"}), plan["recipe"].get("scheme")
+    if not isinstance(planned, dict) or any(planned.get(key) != value for key, value in declared.items()):
+        problems.append(f"{CONFIG} declares another quantization than {PLAN}")
     blocks = list(decoder_blocks(model, family))
     if len(blocks) != len(plan["blocks"]):
         problems.append(f"{CONFIG} has {len(blocks)} blocks, and {PLAN} has {len(plan['blocks'])} blocks")
@@ -141,17 +153,13 @@ def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None
         for index, (block, record) in enumerate(zip(blocks, plan["blocks"], strict=False)):
             for name, linear in linears(block, family).items():
                 path = f"{family.blocks}.{index}.{name}"
-                path = next((p for p in family.spellings(path) if f"{p}.weight_scale" in checkpoint.tensors), path)
-                shape = (linear.out_features, linear.in_features)
-                wrong = wrong_layout(checkpoint, path, scheme, *shape, family.transposed)
-                problems += wrong
-                if not wrong:
-                    weight, _ = read_linear(checkpoint, path, scheme, *shape, family.transposed)
-                    if digest_of(weight) != _recorded_digest(record, name):
-                        shard = checkpoint.tensors[f"{path}.weight_scale"].shard
-                        problems.append(f"the weight of '{path}' in {shard} is not the one in {PLAN}")
+                problems += _check_linear(checkpoint, family, path, linear, scheme, _recorded_digest(record, "linears", name))
                 report.linears += 1
             progress.step()
+    if scheme.head is not None:
+        path, head = head_path(model) or "", model.get_output_embeddings()
+        problems += _check_linear(checkpoint, family, path, head, scheme.head, _recorded_digest(plan, "head"))
+        report.linears += 1
     report.tensors = len(checkpoint.tensors)
     if not problems:
         disk_names(
@@ -159,11 +167,24 @@ def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None
         )  # raises for a tensor that is missing or has another shape, the norms and tables among them
 
 
-def _recorded_digest(record: Any, name: str) -> Any:
+def _check_linear(checkpoint: Checkpoint, family: Family, path: str, linear: Any, scheme: Scheme, digest: Any) -> list[str]:
+    """What is wrong with the quantized linear `path`, whose weight must have this digest."""
+    scale = f"{path}.weight_scale"
+    disk = next((s for s in family.spellings(scale) if s in checkpoint.tensors), scale).removesuffix(".weight_scale")
+    layer = (disk, scheme, linear.out_features, linear.in_features, is_transposed(family, f"{path}.weight", linear.weight))
+    wrong = wrong_layout(checkpoint, *layer)
+    if not wrong and digest_of(read_linear(checkpoint, *layer)[0]) != digest:
+        wrong.append(f"the weight of '{disk}' in {checkpoint.tensors[f'{disk}.weight_scale'].shard} is not the one in {PLAN}")
+    return wrong
+
+
+def _recorded_digest(record: Any, *keys: str) -> Any:
     try:
-        return record["linears"][name]["sha256"]
+        for key in (*keys, "sha256"):
+            record = record[key]
     except (LookupError, TypeError):  # a plan that was edited
         return None
+    return record
 
 
 @torch.no_grad()
@@ -187,7 +208,7 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
             raise VerificationError(str(damage)) from damage
     stream = decoder.embed(synthetic_samples(decoder.config.vocab_size).batches)
     report.equivalence_error = 0.0
-    in_blocks: set[str] = set()
+    made: set[str] = set()
     with steps("against block", len(decoder)) as progress:
         for index in range(len(decoder)):
             with decoder.block(index) as block:
@@ -209,18 +230,25 @@ def _check_against(directory: Path, source: Checkpoint, report: Report) -> None:
                 quantized = quantize_block(decoder, index, block, scheme, maxima)
                 report.weight_error |= {f"{path}.{name}": linear.error for name, linear in quantized.items()}
                 expected = block_tensors(decoder, index, block, quantized)
-                in_blocks |= set(expected)
+                made |= set(expected)
                 _compare(written, expected, model)
             stream.hidden = reference
             progress.step()
     for name in factors:
         raise VerificationError(f"'{name}' in {directory / SMOOTHING} is not of a norm or linear that was smoothed.")
-    from_blocks = {name for index in range(len(decoder)) for name in decoder.block_tensors(index)}
-    outside = [name for name in source.tensors if name not in from_blocks]
+    remade = {name for index in range(len(decoder)) for name in decoder.block_tensors(index)}
+    if scheme.head is not None:
+        head = quantize_head(decoder, scheme.head)
+        report.weight_error[decoder.head_path] = head.error
+        expected = head_tensors(decoder, head)
+        made |= set(expected)
+        remade |= decoder.head_names
+        _compare(written, expected, model)
+    outside = [name for name in source.tensors if name not in remade]
     for name in outside:
         _compare(written, {name: source.read(name, finite=False)}, model)
     for name in written.tensors:
-        if name not in in_blocks and name not in outside:
+        if name not in made and name not in outside:
             raise VerificationError(f"'{name}' in {directory / written.tensors[name].shard} does not come from {model}.")
 
 

@@ -4,6 +4,7 @@
 .OUT.partial/recipe.json           what was asked for; another recipe is refused
 .OUT.partial/samples.json          the hash of the calibration tokens
 .OUT.partial/output/               what will become OUT by one rename
+.OUT.partial/head.json             the output head is quantized: its shard is safely on disk
 .OUT.partial/search/               the search for alpha over the whole model, a pass of its own, laid out as the next
 .OUT.partial/search.json           what it found
 .OUT.partial/blocks/00003.json     written last: block 3 is done, its files are safely on disk
@@ -134,6 +135,10 @@ class Workspace:
     @property
     def search_result(self) -> Path:
         return self.root / "search.json"
+
+    @property
+    def head_result(self) -> Path:
+        return self.root / "head.json"
 
     def publish(self, result: Path) -> None:
         """Let `result`, the finished directory or file, appear under the output's name at once, and remove the rest."""

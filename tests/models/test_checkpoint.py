@@ -115,13 +115,13 @@ def test_a_layer_of_another_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_a_declared_scheme_comes_back(scheme: Scheme) -> None:
-    config = json.loads(json.dumps({"quantization_config": quantization_config(scheme, ["lm_head"])}))
-    assert read_scheme(config, Path("OUT")) == scheme
+    config = json.loads(json.dumps({"quantization_config": quantization_config(scheme, ["lm_head"], ["lm_head"])}))
+    assert read_scheme(config, Path("OUT"), ["lm_head"]) == scheme
 
 
 def group_of(scheme: Scheme, **changes: Any) -> dict[str, Any]:
     """The declared quantization with another `weights` or `input_activations`."""
-    declared = quantization_config(scheme, [])
+    declared = quantization_config(scheme, [], ["lm_head"])
     group = declared["config_groups"]["group_0"]
     for key, change in changes.items():
         group[key] = change if change is None or group.get(key) is None else group[key] | change
@@ -144,4 +144,4 @@ def group_of(scheme: Scheme, **changes: Any) -> dict[str, Any]:
 def test_another_4_bit_format_is_refused(changes: dict[str, Any]) -> None:
     """What other tools write in the same format and this package would compute wrongly."""
     with pytest.raises(InputError, match=r"OUT/config\.json declares a quantization that cannot be run here"):
-        read_scheme({"quantization_config": group_of(find_scheme("w4a16"), **changes)}, Path("OUT"))
+        read_scheme({"quantization_config": group_of(find_scheme("w4a16"), **changes)}, Path("OUT"), ["lm_head"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,17 @@ def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
         # The next number up, of a positive one, is its bits plus one.
         rounded = torch.where(rounded.float() < scale, (rounded.view(torch.int16) + 1).view(dtype), rounded)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight (N, K) of parts (n, K) of its rows that were quantized by themselves, per channel or in groups."""
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    return QuantizedWeight(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        parts[0].quant,
+        torch.cat(zero_points) if zero_points else None,
+    )
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:

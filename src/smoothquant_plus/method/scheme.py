@@ -42,14 +42,15 @@ class Quant(BaseModel):
 
 
 class Scheme(BaseModel):
-    """What the two operands of every linear layer in the decoder blocks become (`inputs` None: they stay as they are); `lm_head` is left
-    alone, as in both papers."""
+    """What the two operands of every linear layer in the decoder blocks become (`inputs` None: they stay as they are), and what those of the
+    output head become: None leaves it alone, as both papers do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     weights: Quant
     inputs: Quant | None
+    head: Scheme | None = None
 
     @property
     def static(self) -> bool:
@@ -77,21 +78,27 @@ def find_scheme(
     weights: str | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
+    lm_head: str | None = None,
 ) -> Scheme:
     """The scheme called `name`, with its own granularities replaced where others are given: for w8a8 `activations` ('token', 'tensor',
-    'static') and `weights` ('channel', 'tensor'), for w4a16 `group_size` (128, 64, 32) and `symmetric`.
+    'static') and `weights` ('channel', 'tensor'), for w4a16 `group_size` (128, 64, 32) and `symmetric`. `lm_head` is the name of the output
+    head's own scheme: w8a8 always per channel and per token, for nothing calibrates the head's input, or w4a16 with the same groups.
 
-    Raises InputError for a name or a value that is not there, and for an option that the scheme does not have.
+    Raises InputError for a name or a value that is not there, and for an option that neither scheme has.
     """
     scheme = SCHEMES.get(name)
     if scheme is None:
         raise InputError(f"unknown scheme '{name}': choose one of {', '.join(SCHEMES)}.{did_you_mean(name, SCHEMES)}")
-    grouped = scheme.weights.strategy == "group"
+    if lm_head is not None and lm_head not in SCHEMES:
+        known = ", ".join(SCHEMES)
+        raise InputError(f"unknown --lm-head '{lm_head}': choose one of {known}, or leave it out.{did_you_mean(lm_head, SCHEMES)}")
+    head = None if lm_head is None else SCHEMES[lm_head]
+    groups = any(each is not None and each.weights.strategy == "group" for each in (scheme, head))
     for option, given, belongs in (
         ("--activations", activations is not None, scheme.inputs is not None),
-        ("--weights", weights is not None, not grouped),
-        ("--group-size", group_size is not None, grouped),
-        ("--symmetric", symmetric, grouped),
+        ("--weights", weights is not None, scheme.weights.strategy != "group"),
+        ("--group-size", group_size is not None, groups),
+        ("--symmetric", symmetric, groups),
     ):
         if given and not belongs:
             raise InputError(f"{option} does not apply to scheme {name}: leave it out.")
@@ -104,6 +111,16 @@ def find_scheme(
         raise InputError(f"unknown --weights '{weights}': choose channel or tensor.")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise InputError(f"--group-size {group_size}: choose {', '.join(map(str, GROUP_SIZES))}.")
-    changes: dict[str, Any] = {"strategy": weights, "group_size": group_size, "symmetric": symmetric or None}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    if weights is not None:
+        scheme = scheme.model_copy(update={"weights": scheme.weights.model_copy(update={"strategy": weights})})
+    if head is not None:
+        head = _in_groups(head, group_size, symmetric)
+    return _in_groups(scheme, group_size, symmetric).model_copy(update={"head": head})
+
+
+def _in_groups(scheme: Scheme, group_size: int | None, symmetric: bool) -> Scheme:
+    """The scheme with these groups, if it has groups."""
+    if scheme.weights.strategy != "group":
+        return scheme
+    changes: dict[str, Any] = {"group_size": group_size or scheme.weights.group_size, "symmetric": symmetric}
     return scheme.model_copy(update={"weights": scheme.weights.model_copy(update=changes)})

@@ -200,13 +200,24 @@ class Decoder:
         return set(self._names.values())
 
     @cached_property
+    def head_path(self) -> str:
+        """The module path of the output head, such as 'lm_head'; empty when the model has none."""
+        return head_path(self.model) or ""
+
+    @cached_property
     def head_names(self) -> set[str]:
         """Names in the checkpoint of the output head's own tensors: none when it is tied to the input embedding and not stored."""
-        head = head_path(self.model)
-        return {disk for name, disk in self._names.items() if head is not None and name.startswith(f"{head}.")}
+        return {disk for name, disk in self._names.items() if name.startswith(f"{self.head_path}.")}
+
+    @property
+    def head_is_stored(self) -> bool:
+        """Whether the output head has a weight of its own in the checkpoint, and is not tied to the input embedding."""
+        return f"{self.head_path}.weight" in self._names
 
     def disk_name(self, name: str) -> str:
-        """The name in the checkpoint of the model's tensor `name`."""
+        """The name in the checkpoint of the model's tensor `name`; of an output head that is tied and not stored, the embedding's."""
+        if name == f"{self.head_path}.weight" and not self.head_is_stored:
+            name = f"{path_of(self.model, self.model.get_input_embeddings())}.weight"
         return self._names[name]
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -219,8 +230,8 @@ class Decoder:
 
     @cached_property
     def outside(self) -> list[list[str]]:
-        """Names in the checkpoint of everything outside the blocks, in groups of about a gigabyte or of one tensor: what may be in memory
-        together. The output head's own tensors are the last group, if it has any."""
+        """Names in the checkpoint of everything outside the blocks except the output head's own tensors, in groups of about a gigabyte or of
+        one tensor: what may be in memory together."""
         inside = {name for index in range(len(self)) for name in self.block_tensors(index)}
         groups: list[list[str]] = []
         size = 0
@@ -232,7 +243,7 @@ class Decoder:
                 size = 0
             groups[-1].append(name)
             size += info.nbytes
-        return [*groups, sorted(self.head_names)] if self.head_names else groups
+        return groups
 
     @contextmanager
     def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
@@ -286,10 +297,7 @@ class Decoder:
             # Embedding tables stay in their stored dtype: rows are converted when they are looked up.
             dtype = None if isinstance(module, nn.Embedding) else self.dtype
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                stored = f"{path}.{name}"
-                if stored not in self._names:  # an output head that is tied to the input embedding
-                    stored = f"{path_of(self.model, self.model.get_input_embeddings())}.{name}"
-                assign(module, name, self._read(stored, dtype))
+                assign(module, name, self._read(f"{path}.{name}", dtype))
 
         for path, module in outside.items():
             hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))
@@ -448,6 +456,23 @@ def linears(block: nn.Module, family: Family) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in family.unquantized}
 
 
+def quantized_linears(model: Any, family: Family, scheme: Scheme) -> dict[str, tuple[nn.Linear, Scheme]]:
+    """Every linear layer of the model that `scheme` quantizes, by its path, with what becomes of it: those of the blocks, and the output head
+    if the scheme has one for it. Raises InputError for a head that is not a linear layer."""
+    blocks = decoder_blocks(model, family)
+    found = {
+        f"{family.blocks}.{index}.{name}": (linear, scheme)
+        for index, block in enumerate(blocks)
+        for name, linear in linears(block, family).items()
+    }
+    if scheme.head is not None:
+        path, head = head_path(model), model.get_output_embeddings()
+        if path is None or not isinstance(head, nn.Linear):
+            raise InputError(f"the output head of this model, {type(head).__name__}, is not a linear layer: leave out --lm-head.")
+        found[path] = (head, scheme.head)
+    return found
+
+
 def is_transposed(family: Family, name: str, tensor: Tensor) -> bool:
     """Whether the model's tensor `name` is stored as (in, out)."""
     return family.transposed and name.startswith(f"{family.blocks}.") and name.endswith(".weight") and tensor.ndim == 2
@@ -491,15 +516,15 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
     Raises InputError for a tensor that is not in the checkpoint, has another shape, or is integers that nothing explains. Only headers are
     read for that.
     """
-    tied = f"{head_path(model)}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
-    quantized = set()
+    quantized: dict[str, Scheme] = {}
     if scheme is not None:
-        blocks = decoder_blocks(model, family)
-        quantized = {f"{family.blocks}.{index}.{name}.weight" for index, block in enumerate(blocks) for name in linears(block, family)}
+        quantized = {f"{path}.weight": own for path, (_, own) in quantized_linears(model, family, scheme).items()}
+    head = f"{head_path(model)}.weight"
+    tied = head if getattr(model.config, "tie_word_embeddings", False) and head not in quantized else None
     names: dict[str, str] = {}
     missing = []
     for name, tensor in model.state_dict().items():
-        ending = "_packed" if scheme is not None and scheme.weights.bits == 4 and name in quantized else ""
+        ending = "_packed" if name in quantized and quantized[name].weights.bits == 4 else ""
         found = next((spelling for spelling in family.spellings(name) if spelling + ending in checkpoint.tensors), None)
         if found is not None:
             names[name] = found
@@ -536,6 +561,11 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: torch.Size, quantize
 def head_path(model: Any) -> str | None:
     """The module path of the output head, such as 'lm_head'."""
     return path_of(model, model.get_output_embeddings())
+
+
+def head_paths(model: Any, family: Family) -> list[str]:
+    """The output head's path in the model, and what it is called in checkpoints."""
+    return [name.removesuffix(".weight") for name in family.spellings(f"{head_path(model)}.weight")]
 
 
 def path_of(model: nn.Module, wanted: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -93,19 +93,23 @@ class Checkpoint:
                     )
                 self.tensors[name] = found[name]
 
-    def read(self, name: str, finite: bool = True) -> Tensor:
-        """The tensor `name`, in memory of its own. Raises InputError when it is not there, and with `finite` for values that are NaN or
-        infinite."""
+    def read(self, name: str, finite: bool = True, rows: slice | None = None) -> Tensor:
+        """The tensor `name`, or some of its rows, in memory of its own. Raises InputError when it is not there, and with `finite` for values
+        that are NaN or infinite."""
         if name not in self.tensors:
             raise InputError(f"{self.directory} has no tensor '{name}'.{did_you_mean(name, self.tensors)}")
         info = self.tensors[name]
         path = self.directory / info.shard
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        shape, offset = info.shape, info.offset
+        if rows is not None:
+            first, end, _ = rows.indices(info.shape[0])
+            shape, offset = (end - first, *info.shape[1:]), info.offset + first * (info.nbytes // info.shape[0])
+        tensor = torch.empty(shape, dtype=info.dtype)
         try:
             # Not mapped: while a mapping is copied, a table of a gigabyte is in memory twice.
             with path.open("rb") as file:
-                file.seek(info.offset)
-                complete = file.readinto(tensor.view(-1).view(torch.uint8).numpy()) == info.nbytes
+                file.seek(offset)
+                complete = file.readinto(tensor.view(-1).view(torch.uint8).numpy()) == tensor.nbytes
         except OSError as error:
             raise InputError(f"cannot read '{name}' from {path}: {error}") from error
         if not complete:
@@ -296,27 +300,41 @@ def read_linear(
     return QuantizedWeight(values, tensors["weight_scale"], scheme.weights, zero_point), None
 
 
-# What compressed-tensors calls our schemes, and the fields of a Quant.
+# What compressed-tensors calls our schemes, what it calls several in one checkpoint, and the fields of a Quant.
 FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
+MIXED = "mixed-precision"
 ARGUMENTS = {"bits": "num_bits", "strategy": "strategy", "group_size": "group_size", "symmetric": "symmetric", "dynamic": "dynamic"}
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: the compressed-tensors package's own schema, filled in."""
+def head_targets(heads: Iterable[str]) -> list[str]:
+    """What names the output head in a config group, in every reader: `heads` are its paths, and inside a wrapper there are longer ones."""
+    return [f"re:.*{leaf}$" for leaf in dict.fromkeys(head.rpartition(".")[2] for head in heads)]
+
+
+def quantization_config(scheme: Scheme, ignore: list[str], heads: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: the compressed-tensors package's own schema, filled in. `heads` are the names of the output
+    head. Where it is quantized it has a group of its own, even in the blocks' scheme: servers leave a head that is not named as it is."""
     from compressed_tensors.quantization import QuantizationConfig
 
     def arguments(quant: Quant | None) -> dict[str, Any] | None:
         return None if quant is None else {"type": "int", **{theirs: getattr(quant, ours) for ours, theirs in ARGUMENTS.items()}}
 
-    group = {"targets": ["Linear"], "weights": arguments(scheme.weights), "input_activations": arguments(scheme.inputs)}
-    config = QuantizationConfig(
-        config_groups={"group_0": group}, format=FORMATS[scheme.name], quantization_status="compressed", ignore=ignore
-    )
+    def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+        return {"targets": targets, "weights": arguments(scheme.weights), "input_activations": arguments(scheme.inputs)}
+
+    form = FORMATS[scheme.name]
+    groups = {"group_0": group(scheme, ["Linear"])}
+    if scheme.head is not None:
+        groups["group_1"] = {**group(scheme.head, head_targets(heads)), "format": FORMATS[scheme.head.name]}
+        groups["group_0"]["format"] = form
+        form = form if scheme.head.name == scheme.name else MIXED
+    config = QuantizationConfig(config_groups=groups, format=form, quantization_status="compressed", ignore=ignore)
     return json.loads(config.model_dump_json(exclude_none=True))
 
 
-def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
-    """The scheme that a config.json declares; None for a checkpoint that is not quantized.
+def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) -> Scheme | None:
+    """The scheme that a config.json declares, of a model whose output head has the names `heads`; None for a checkpoint that is not
+    quantized.
 
     Raises InputError for a quantization that this package does not run.
     """
@@ -325,34 +343,48 @@ def read_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
         return None
     if not isinstance(declared, dict):
         raise InputError(f"{where / CONFIG} has a quantization_config that is not a JSON object.")
-    groups = declared.get("config_groups") or {}
-    name = next((name for name, form in FORMATS.items() if form == declared.get("format")), None)
-    if declared.get("quant_method") != "compressed-tensors" or name is None or len(groups) != 1:
+    groups = sorted((declared.get("config_groups") or {}).values(), key=lambda group: group.get("targets") != ["Linear"])
+    forms = [str(group.get("format") or declared.get("format")) for group in groups]
+    if declared.get("quant_method") != "compressed-tensors" or not groups or not set(forms) <= set(FORMATS.values()):
         raise InputError(
             f"{where / CONFIG} declares a quantization that cannot be run here (quant_method {declared.get('quant_method')!r}, format "
-            f"{declared.get('format')!r}): only compressed-tensors checkpoints in format {' or '.join(map(repr, FORMATS.values()))} with one "
-            "group can."
+            f"{', '.join(map(repr, forms)) or repr(declared.get('format'))}): only compressed-tensors checkpoints in format "
+            f"{' or '.join(map(repr, FORMATS.values()))} can."
         )
-    (group,) = groups.values()
-    if group.get("targets") != ["Linear"] or any(name.startswith("re:") for name in declared.get("ignore") or ()):
+    targets = [group.get("targets") for group in groups]
+    named = head_targets(heads)
+    known = {*heads, *named, *(target.removesuffix("$") for target in named)}
+    if targets[0] != ["Linear"] or not (len(targets) == 1 or (len(targets) == 2 and targets[1] and known.issuperset(targets[1]))):
+        raise InputError(
+            f"{where / CONFIG} has config groups for {' and '.join(map(str, targets))}, which cannot be run here: one for ['Linear'] can, and "
+            f"a second one for the output head alone, {named}."
+        )
+    if any(name.startswith("re:") for name in declared.get("ignore") or ()):
         raise InputError(f"{where / CONFIG} quantizes some linear layers of a block and leaves others, which cannot be run here.")
     if declared.get("kv_cache_scheme"):
         raise InputError(f"{where / CONFIG} declares a quantized KV cache, which cannot be run here.")
+    try:
+        schemes = [_scheme_of(group, form) for group, form in zip(groups, forms, strict=True)]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
+    return schemes[0].model_copy(update={"head": schemes[1] if len(schemes) > 1 else None})
+
+
+def _scheme_of(group: Mapping[str, Any], form: str) -> Scheme:
+    """The scheme of a config group in the format `form`. Raises ValueError, or KeyError, for one that this package does not run."""
 
     def quant(arguments: Mapping[str, Any] | None) -> Quant:
         if (arguments or {}).get("actorder"):
             raise ValueError("input channels that are reordered (actorder)")
         return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in ARGUMENTS.items()})
 
-    try:
-        weights = quant(group["weights"])
-        if name == "w4a16":
-            if group.get("input_activations") is not None or weights.bits != 4:
-                raise ValueError("format 'pack-quantized' with other than 4 bits, or with quantized activations")
-            return Scheme(name=name, weights=weights, inputs=None)
-        return Scheme(name=name, weights=weights, inputs=quant(group["input_activations"]))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
+    name = next(name for name, known in FORMATS.items() if known == form)
+    weights = quant(group["weights"])
+    if name == "w4a16":
+        if group.get("input_activations") is not None or weights.bits != 4:
+            raise ValueError("format 'pack-quantized' with other than 4 bits, or with quantized activations")
+        return Scheme(name=name, weights=weights, inputs=None)
+    return Scheme(name=name, weights=weights, inputs=quant(group["input_activations"]))
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})) -> None:

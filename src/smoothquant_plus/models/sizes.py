@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
-from smoothquant_plus.models.blocks import Decoder, decoder_blocks, linears
+from smoothquant_plus.models.blocks import Decoder, decoder_blocks, quantized_linears
 from smoothquant_plus.models.checkpoint import linear_layout
 from smoothquant_plus.models.families import Family
 
 
 def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
-    """Bytes of all the tensors of the model on disk and in memory, tied ones once; with `scheme`, the linears of its blocks quantized."""
+    """Bytes of all the tensors of the model on disk and in memory, tied ones once; with `scheme`, the linears that it quantizes as integers,
+    a tied output head beside the embedding that it shared."""
     total = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     if scheme is not None:
-        for block in decoder_blocks(model, family):
-            for linear in linears(block, family).values():
-                total += linear_bytes(scheme, linear, linear.weight.dtype) - linear.weight.numel() * linear.weight.dtype.itemsize
+        for linear, own in quantized_linears(model, family, scheme).values():
+            total += linear_bytes(own, linear, linear.weight.dtype)
+            if linear.weight is not model.get_input_embeddings().weight:
+                total -= linear.weight.numel() * linear.weight.dtype.itemsize
     return total
 
 
 def quantized_bytes(decoder: Decoder, scheme: Scheme) -> int:
-    """Bytes of the checkpoint that quantizing the blocks of `decoder` gives."""
+    """Bytes of the checkpoint that quantizing the model of `decoder` gives."""
     total = decoder.checkpoint.nbytes
-    for index in range(len(decoder)):
-        for name, linear in decoder.linears(index).items():
-            stored = decoder.checkpoint.tensors[decoder.disk_name(f"{decoder.path(index)}.{name}.weight")]
-            total += linear_bytes(scheme, linear, stored.dtype) - stored.nbytes
+    for path, (linear, own) in quantized_linears(decoder.model, decoder.family, scheme).items():
+        stored = decoder.checkpoint.tensors[decoder.disk_name(f"{path}.weight")]
+        total += linear_bytes(own, linear, stored.dtype)
+        if path != decoder.head_path or decoder.head_is_stored:
+            total -= stored.nbytes
     return total
 
 
@@ -39,10 +44,10 @@ def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
 
 
-def fitting_group_sizes(model: Any, family: Family) -> list[int]:
-    """The group sizes that divide the input channels of every linear of the blocks."""
-    blocks = decoder_blocks(model, family)
-    widths = {linear.in_features for block in blocks for linear in linears(block, family).values()}
+def fitting_group_sizes(layers: Mapping[str, tuple[nn.Linear, Scheme]]) -> list[int]:
+    """The group sizes that divide the input channels of every one of these layers, by path and with their schemes, that is quantized in
+    groups."""
+    widths = {linear.in_features for linear, scheme in layers.values() if scheme.weights.group_size}
     return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_plus.errors import InputError, VerificationError
-from smoothquant_plus.method.integers import QuantizedWeight, dequantized_pieces, quantize_weight, scale_of
+from smoothquant_plus.method.integers import QuantizedWeight, dequantized_pieces, join_rows, pieces, quantize_weight, scale_of
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.smooth import (
     factors,
@@ -116,8 +116,8 @@ def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """One linear of a block, quantized: `error` is the relative Frobenius error of its (smoothed) weight, `digest` the sha256 of the
-    float32 weight that the integers stand for."""
+    """A linear of a block or the output head, quantized: `error` is the relative Frobenius error of its (smoothed) weight, `digest` the
+    sha256 of the float32 weight that the integers stand for."""
 
     weight: QuantizedWeight
     input_scale: Tensor | None
@@ -134,9 +134,26 @@ def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Schem
     for name, linear in linears(block, decoder.family).items():
         folded = linear.weight.cpu().float()
         weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
-        quantized[name] = QuantizedLinear(weight, input_scale, weight_error(weight, folded), digest_of(weight))
+        wrong, whole = wrong_of(weight, folded)
+        quantized[name] = QuantizedLinear(weight, input_scale, wrong / max(whole, 1e-30), digest_of(weight))
         assign(linear, "weight", torch.empty_like(folded, device="meta"))
     return quantized
+
+
+def quantize_head(decoder: Decoder, scheme: Scheme) -> QuantizedLinear:
+    """The output head as integers, of the embedding's table if it is tied to that: rounded to nearest and not smoothed, because what feeds it,
+    the last norm, is the source of no pair of the papers. A few rows at a time are read and in memory as floats."""
+    head = decoder.model.get_output_embeddings()
+    parts, wrongs, wholes = [], [], []
+    for rows in pieces(head.weight):
+        floats = decoder.checkpoint.read(decoder.disk_name(f"{decoder.head_path}.weight"), rows=rows).float()
+        part, _ = quantize_linear(decoder, decoder.head_path, floats, scheme, None)
+        wrong, whole = wrong_of(part, floats)
+        parts.append(part)
+        wrongs.append(wrong)
+        wholes.append(whole)
+    weight = join_rows(parts)
+    return QuantizedLinear(weight, None, math.hypot(*wrongs) / max(math.hypot(*wholes), 1e-30), digest_of(weight))
 
 
 def quantize_linear(
@@ -157,10 +174,10 @@ def quantize_linear(
     return weight, scale_of(maxima.amax().reshape(1))
 
 
-def weight_error(weight: QuantizedWeight, folded: Tensor) -> float:
-    """Relative Frobenius error of `weight` against the float32 weight (N, K) that it was made of."""
+def wrong_of(weight: QuantizedWeight, folded: Tensor) -> tuple[float, float]:
+    """Frobenius norms of what is wrong in `weight` against the float32 weight (N, K) that it was made of, and of that weight."""
     wrong = math.hypot(*(torch.linalg.vector_norm(back - folded[rows]).item() for rows, back in dequantized_pieces(weight)))
-    return wrong / max(torch.linalg.vector_norm(folded).item(), 1e-30)
+    return wrong, torch.linalg.vector_norm(folded).item()
 
 
 def digest_of(weight: QuantizedWeight) -> str:
@@ -187,6 +204,14 @@ def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dic
     # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
     ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
     return tensors | {name: decoder.checkpoint.read(name, finite=False) for name in ignored}
+
+
+def head_tensors(decoder: Decoder, quantized: QuantizedLinear) -> dict[str, Tensor]:
+    """What the quantized output head is on disk: a tied one, which had no name there, is called as in the model. Its bias stays as it is."""
+    weight = f"{decoder.head_path}.weight"
+    disk = (decoder.disk_name(weight) if decoder.head_is_stored else weight).removesuffix(".weight")
+    tensors = {f"{disk}.{suffix}": tensor for suffix, tensor in linear_tensors(quantized.weight, quantized.input_scale).items()}
+    return tensors | {name: decoder.checkpoint.read(name) for name in decoder.head_names if name != f"{disk}.weight"}
 
 
 def prove_equivalent(

@@ -19,6 +19,7 @@ from smoothquant_plus.models.blocks import (
     decoder_blocks,
     disk_names,
     head_path,
+    head_paths,
     is_transposed,
     linears,
     load_config,
@@ -41,11 +42,11 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
     config = load_config(directory)
     _, family = open_family(config, declared_family(directory))
     checkpoint = Checkpoint(directory)
-    scheme = read_scheme(checkpoint.config, directory)
-    if scheme is None and backend is not None:
-        raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
     dtype = dtype or config.dtype or torch.float32
     model: Any = build_skeleton(config, dtype)
+    scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
+    if scheme is None and backend is not None:
+        raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
     if (directory / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
@@ -62,12 +63,15 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
         for index, block in enumerate(blocks):
             for name, linear in linears(block, family).items() if scheme else ():
                 path = f"{family.blocks}.{index}.{name}"
-                parent, _, leaf = path.rpartition(".")
-                setattr(
-                    model.get_submodule(parent), leaf, _read_linear(checkpoint, family, names, path, linear, scheme, device, dtype, backend)
-                )
+                model.set_submodule(path, _read_linear(checkpoint, family, names, path, linear, scheme, device, dtype, backend))
                 quantized.add(path)
             progress.step()
+    head_at = head_path(model)
+    if scheme and scheme.head:
+        assert head_at is not None  # of a scheme that was read for it
+        head = model.get_output_embeddings()
+        model.set_submodule(head_at, _read_linear(checkpoint, family, names, head_at, head, scheme.head, device, dtype, backend))
+        quantized.add(head_at)
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
             tensor = checkpoint.read(disk)
@@ -76,7 +80,8 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: torch.dtype | Non
             # Buffers, such as a router's correction of its scores, keep their own dtype.
             assign(model, name, tensor.to(device, tensor.dtype if name in buffers else dtype))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head_path(model) in {name.rpartition(".")[0] for name in names} and not torch.equal(head.weight, table.weight):
+    stored = head_at in {name.rpartition(".")[0] for name in names}
+    if head_at in quantized or (stored and not torch.equal(head.weight, table.weight)):
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
     return model.eval()
@@ -95,7 +100,8 @@ def _read_linear(
 ) -> QuantLinear:
     assert scheme is not None
     disk = names[f"{path}.weight"].removesuffix(".weight")
-    weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features, family.transposed)
+    transposed = is_transposed(family, f"{path}.weight", linear.weight)
+    weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features, transposed)
     bias = checkpoint.read(names[f"{path}.bias"]).to(device=device, dtype=dtype) if linear.bias is not None else None
     input_scale = None if input_scale is None else input_scale.to(device)
     return QuantLinear(weight.to(device), scheme, input_scale=input_scale, bias=bias, backend=backend)
