@@ -162,6 +162,8 @@ class Inputs:
         """What is called again and again: the output is OUT in `home`."""
         if what == "calibrate":
             return partial(calibrate, self.model, home / "OUT.safetensors", calibration=self.calibration)
+        if what == "head":
+            return partial(quantize, self.model, home / "OUT", smooth="none", lm_head="w8a8")
         searched = {"scheme": "w4a16", "group_size": 32, "alpha": what, "search": Search(samples=1, memory=4 * 16 * 64 * 4)}
         options = {} if what == "quantize" else searched
         return partial(quantize, self.model, home / "OUT", smooth="all", calibration=self.calibration, **options)
@@ -190,7 +192,8 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
-    """whole('quantize'), whole('calibrate'), or quantized with a search for alpha, whole('model') or whole('block'), run once."""
+    """whole('quantize'), whole('calibrate'), quantized with a search for alpha, whole('model') or whole('block'), or with the output head
+    quantized too, whole('head'), run once."""
     known: dict[str, Whole] = {}
 
     def get(what: str) -> Whole:
@@ -198,7 +201,7 @@ def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             home = tmp_path_factory.mktemp("whole")
             ended = run(inputs.call(what, home), home)
             assert ended.code == 0, ended.log
-            assert ended.measured == ([0, 1, 0, 1] if what == "model" else [0, 1])
+            assert ended.measured == {"model": [0, 1, 0, 1], "head": []}.get(what, [0, 1])
             known[what] = Whole(contents(home), len(ended.operations))
         return known[what]
 
@@ -275,6 +278,17 @@ def test_killed_again_and_again(whole: Callable[[str], Whole], inputs: Inputs, h
     assert run(inputs.call("quantize", home), home).code == 0
     assert contents(home) == whole("quantize").contents
     assert not (home / PARTIAL).exists()
+
+
+def test_killed_while_the_head_is_written(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
+    head = "output/model-00004-of-00004.safetensors"
+    for stop in (f"{head}.tmp", "head.json.tmp", f"open {PARTIAL}/blocks"):
+        ended = run(inputs.call("head", home), home, stop)
+        assert ended.code == -signal.SIGKILL, f"not killed at {stop}: {ended.log}"
+    written = (home / PARTIAL / head).stat().st_mtime_ns
+    assert run(inputs.call("head", home), home).code == 0
+    assert contents(home) == whole("head").contents
+    assert (home / "OUT" / Path(head).name).stat().st_mtime_ns == written, "a head that is done is not made again"
 
 
 def test_half_written_files_are_ignored(killed_in_second_block: Path, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:

@@ -6,6 +6,7 @@ python tools/bench_accuracy.py            prints the markdown tables of docs/ben
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from smoothquant_plus.demo import CALIBRATION, HELD_OUT, MODEL
 from smoothquant_plus.demo.run import CHANNELS, SCALE, SEQ_LEN, write_planted
 from smoothquant_plus.evaluation.perplexity import evaluate
+from smoothquant_plus.method.scheme import SCHEMES
+from smoothquant_plus.models.checkpoint import Checkpoint, linear_layout
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 
@@ -38,6 +41,10 @@ GROUPS: dict[str, dict[str, Any]] = {
     "64": {"group_size": 64},
     "32": {"group_size": 32},
     "128, symmetric": {"symmetric": True},
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "SmoothQuant O1": {"activations": "token"},
+    "SmoothQuant+, `--alpha model`": {"scheme": "w4a16", "alpha": "model"},
 }
 COUNTS = (0, 1, 3, CHANNELS, 16)
 TEXT = Calibration(text=(str(CALIBRATION),), samples=64, seq_len=SEQ_LEN)
@@ -93,6 +100,20 @@ def main() -> None:
             plus, alpha = quantized(sources[CHANNELS], directory, scheme="w4a16", alpha="model", **options)
             rows[group] = [f"{naive:.3f}", f"{plus:.3f} ({alpha:g})", closed(full[CHANNELS], naive, plus)]
         table(f"groups, {CHANNELS} channels planted", ["round to nearest", "SmoothQuant+, `--alpha model`", "of the loss closed"], rows)
+        heads(sources[CHANNELS], directory)
+
+
+def heads(source: Path, directory: Path) -> None:
+    """What an output head of fewer bits costs, and saves."""
+    rows = {}
+    for row, options in HEADS.items():
+        found = [quantized(source, directory, lm_head=head, **options) for head in (None, *SCHEMES)]
+        rows[row] = [f"{value:.3f}" for value, _ in found]
+    weight = Checkpoint(source).tensors["lm_head.weight"]
+    stored = [linear_layout(scheme, *weight.shape, weight.dtype).values() for scheme in SCHEMES.values()]
+    sizes = [weight.nbytes, *(sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout) for layout in stored)]
+    rows["the head, MB"] = [f"{size / 1e6:.2f}" for size in sizes]
+    table(f"output head, {CHANNELS} channels planted", ["float16", *SCHEMES], rows)
 
 
 def closed(full: float, naive: float, plus: float) -> str:
