@@ -135,7 +135,7 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
 def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None:
     plan = read_plan(directory)
     checkpoint = Checkpoint(directory)
-    if "quantization_config" not in checkpoint.config:
+    if checkpoint.config.get("quantization_config") is None:
         problems.append(f"{CONFIG} has no quantization_config, and {PLAN} says the model is quantized")
         return
     config = load_config(directory)
