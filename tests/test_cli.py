@@ -58,5 +58,5 @@ def test_without_json_the_result_is_on_stdout_and_progress_on_stderr(tiny: Calla
 def test_help_and_version() -> None:
     assert sqplus("--version").stdout.strip() == __version__
     text = sqplus("--help").stdout
-    for command in ("quantize", "calibrate", "verify", "eval", "generate", "inspect", "plot", "demo"):
+    for command in ("quantize", "calibrate", "verify", "eval", "generate", "inspect", "plot", "demo", "bench"):
         assert command in text

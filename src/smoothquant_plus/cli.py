@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,8 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, VerificationError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
 
 Model = Annotated[Path, typer.Argument(help="Directory of a Hugging Face model (safetensors).", show_default=False)]
 ModelOrOutput = Annotated[Path, typer.Argument(metavar="MODEL_OR_OUT", help="Directory of a model, quantized or not.", show_default=False)]
@@ -40,16 +42,18 @@ LmHead = Annotated[
     str | None, typer.Option(help="What the output head becomes: w8a8 or w4a16; by default it stays as it is, as in both papers.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.", min=1)]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")]
 Backend = Annotated[str | None, typer.Option(help="reference or torch; by default the best that supports each layer.")]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def command(function: Callable[..., Any]) -> Callable[..., None]:
+def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[..., None]:
     """Run a command's function and end with its exit code: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
 
-    The command is named like the function, without a trailing underscore.
+    The command is named like the function, without a trailing underscore, and belongs to `group`.
     """
     name = function.__name__.rstrip("_")
 
@@ -72,14 +76,15 @@ def command(function: Callable[..., Any]) -> Callable[..., None]:
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            err.print(f"error: {error} Nothing is lost: use a smaller --seq-len, or --device cpu.", markup=False)
+            size = {"linear": "fewer --tokens", "model": "fewer --prompt-tokens"}.get(name, "a smaller --seq-len")
+            err.print(f"error: {error} Nothing is lost: use {size}, or --device cpu.", markup=False)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             resumes = name in ("quantize", "calibrate")
             err.print("interrupted: nothing is lost, run the same command again to continue." if resumes else "interrupted.")
             raise typer.Exit(130) from error
 
-    return app.command(name)(run)
+    return group.command(name)(run)
 
 
 def show(value: Any, as_json: bool, human: Callable[[], None]) -> None:
@@ -87,6 +92,35 @@ def show(value: Any, as_json: bool, human: Callable[[], None]) -> None:
         sys.stdout.write(json.dumps(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value) + "\n")
     else:
         human()
+
+
+def show_tables(tables: Iterable[tuple[str, list[str], list[list[str]]]], remarks: Iterable[str]) -> None:
+    """Each table, on a terminal; elsewhere its lines, each with the title and the names of the columns. Then the remarks."""
+    for title, columns, lines in tables:
+        if out.is_terminal:
+            table = Table(*columns, title=title, title_justify="left")
+            for cells in lines:
+                table.add_row(*cells)
+            out.print(table)
+        else:
+            for cells in lines:
+                named = "; ".join(f"{column} {cell}" for column, cell in zip(columns[1:], cells[1:], strict=True))
+                out.print(f"{title} {cells[0]}: {named}".replace("\n", ", "), markup=False)
+    for remark in remarks:
+        out.print(remark, markup=False)
+
+
+def check_file(path: Path | None) -> None:
+    """Raises InputError when there is no place for a file that is written only after long work."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"--json {path}: give the name of a file in a directory that exists.")
+
+
+def save_json(path: Path | None, value: Any) -> None:
+    from smoothquant_plus.files import write_json
+
+    if path is not None:
+        write_json(path, asdict(value))
 
 
 def parse_dtype(name: str | None) -> Any:
@@ -309,6 +343,47 @@ def demo(
         out.print(found.closing)
 
     show(found, as_json, human)
+
+
+@functools.partial(command, group=bench)
+def linear(
+    scheme: Annotated[str | None, typer.Option(help="w8a8 or w4a16; by default both.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: Llama 7B, 13B and 70B, and 2048x2048."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="How many tokens are multiplied at once.")] = "1,4,16,64,256",
+    threads: Threads = None,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """One linear layer: every backend and what other libraries offer, against the machine's limits."""
+    from smoothquant_plus.evaluation.benchmark_linear import SHAPES, bench_linear, remarks, tables
+
+    check_file(json_file)
+    found = bench_linear(scheme, shape or SHAPES, tokens, threads, device)
+    show_tables(tables(found), remarks(found))
+    save_json(json_file, found)
+
+
+@functools.partial(command, group=bench)
+def model(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL_OR_OUT...", help="Directories of models.", show_default=False)],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, which are random.", min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 1,
+    threads: Threads = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Whole models, quantized or not, beside each other: prefill, decoding and memory. Ratios are to the first."""
+    from smoothquant_plus.evaluation.benchmark_model import bench_model, remarks, tables
+
+    check_file(json_file)
+    found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend)
+    show_tables(tables(found), remarks(found))
+    save_json(json_file, found)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,284 @@
+"""How fast one linear layer is: every backend and what other libraries offer, against what the machine can do at best."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
+from smoothquant_plus.evaluation.peers import PEERS, Product, Weights
+from smoothquant_plus.evaluation.timing import Table, seconds_of, threads, turns
+from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
+from smoothquant_plus.method.scheme import SCHEMES, Scheme, find_scheme
+from smoothquant_plus.models.blocks import check_device
+from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.kernels import BACKENDS
+from smoothquant_plus.runtime.linear import QuantLinear
+
+# Output and input channels of the linear layers of Llama 7B, 13B and 70B, and of a small model.
+SHAPES = (
+    *("4096x4096", "11008x4096", "4096x11008"),
+    *("5120x5120", "13824x5120", "5120x13824"),
+    *("8192x8192", "28672x8192", "8192x28672"),
+    "2048x2048",
+)
+TOKENS = "1,4,16,64,256"
+
+# A candidate is timed so many times, or for so long, its share of emptying the caches included.
+ROUNDS, SECONDS = 25, 2.0
+# Read before each call, so that weights come from memory as they do in a model, whose other layers were multiplied with meanwhile.
+STREAM_BYTES = 96 << 20
+# Gaussian weights in 4 bits and groups of 128 give 0.10; what is further off is not this product.
+LARGEST_ERROR = 0.25
+
+NOT_INSTALLED = "not installed: "
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate on x bfloat16 (m, k) and a weight (n, k): the median time of a call.
+
+    `ratio_to_bf16` is how many times faster than torch's bfloat16 product it is, `gb_per_s` the bytes of the weight and its scales (as
+    they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
+    need (reading those bytes, or doing the operations, whichever takes longer) over the time.
+    """
+
+    scheme: str
+    backend: str
+    m: int
+    n: int
+    k: int
+    microseconds: float
+    ratio_to_bf16: float
+    gb_per_s: float
+    fraction_of_limit: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was not timed, for a weight (n, k) and m tokens; 0 stands for all."""
+
+    scheme: str
+    backend: str
+    reason: str
+    m: int = 0
+    n: int = 0
+    k: int = 0
+
+
+@dataclass(frozen=True)
+class LinearBenchmark:
+    machine: dict[str, Any]
+    limits: Limits
+    rows: list[Row]
+    left_out: list[LeftOut]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time: a backend of ours, or a peer (see `Peer`)."""
+
+    scheme: str
+    name: str
+    arithmetic: str
+    build: Callable[[Weights], Product]
+
+
+def bench_linear(
+    scheme: str | None = None,
+    shapes: Sequence[str] = SHAPES,
+    tokens: str = TOKENS,
+    number_of_threads: int | None = None,
+    device: str = "cpu",
+) -> LinearBenchmark:
+    """Time `scheme` (default: all) for weights of `shapes`, 'NxK' each, and batches of `tokens`, numbers with commas between.
+
+    All candidates of a shape and a batch take turns in this process, each call after a stream over STREAM_BYTES; the times are medians.
+    A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. The limits are measured again before each shape,
+    and the best counts. Raises InputError for options that cannot be used, before anything is timed.
+    """
+    schemes = list(SCHEMES.values()) if scheme is None else [find_scheme(scheme)]
+    sizes = [read_shape(shape, schemes) for shape in shapes]
+    batches = read_tokens(tokens)
+    place = torch.device(check_device(device))
+    candidates, left_out = find_candidates(schemes, place)
+    limits: list[Limits] = []
+    timed: list[tuple[Candidate, tuple[int, int, int], float, float, int]] = []  # candidate, (m, n, k), seconds, bf16's, weight bytes
+    with threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
+        for n, k in sizes:
+            limits.append(measure_limits(place, count))
+            weights = random_weights(n, k, schemes, place)
+            nbytes = {"bf16": weights.floats.nbytes, **{name: stored_bytes(weight) for name, weight in weights.quantized.items()}}
+            products: dict[Candidate, Product] = {}
+            for candidate in candidates:
+                try:
+                    products[candidate] = candidate.build(weights)
+                except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
+                    left_out.append(LeftOut(candidate.scheme, candidate.name, reason_of(error), n=n, k=k))
+            for m in batches:
+                seconds, failed = time_products(products, torch.randn(m, k, device=place).bfloat16())
+                left_out += [LeftOut(one.scheme, one.name, reason, m, n, k) for one, reason in failed.items()]
+                bf16 = seconds[candidates[0]]
+                timed += [(one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
+                progress.step(f"{n}x{k}, {m} tokens")
+            del weights, products  # before the next shape's
+    best = functools.reduce(Limits.or_better, limits)
+    return LinearBenchmark(describe(count, place), best, [as_row(best, *measured) for measured in timed], left_out)
+
+
+def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
+    m, n, k = size
+    limit = limits.seconds(candidate.arithmetic, nbytes, 2 * m * n * k)
+    return Row(candidate.scheme, candidate.name, m, n, k, seconds * 1e6, bf16 / seconds, nbytes / seconds / 1e9, limit / seconds)
+
+
+def read_shape(text: str, schemes: Sequence[Scheme]) -> tuple[int, int]:
+    """(N, K) of 'NxK'. Raises InputError when that is not what it is, or when a scheme's groups do not divide K."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise InputError(f"--shape {text}: give output and input channels as NxK, for example 4096x4096.")
+    n, k = int(found[1]), int(found[2])
+    for scheme in schemes:
+        size = scheme.weights.group_size
+        if size and k % size:
+            raise InputError(
+                f"--shape {text}: {scheme.name} has groups of {size}, which do not divide {k} input channels: choose a K that they divide."
+            )
+    return n, k
+
+
+def read_tokens(text: str) -> list[int]:
+    """The numbers of tokens in '1,4,16', each once. Raises InputError for anything else."""
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
+        raise InputError(f"--tokens {text}: give positive numbers with commas between, for example {TOKENS}.")
+    return list(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+def random_weights(n: int, k: int, schemes: Sequence[Scheme], device: torch.device) -> Weights:
+    """A weight of normal numbers, quantized by each scheme; scales of groups in bfloat16, as a bfloat16 checkpoint has them."""
+    floats = torch.randn(n, k, dtype=torch.bfloat16, device=device)
+    return Weights(floats, {scheme.name: quantize_weight(floats, scheme.weights, scale_dtype(scheme)) for scheme in schemes})
+
+
+def scale_dtype(scheme: Scheme) -> torch.dtype:
+    return torch.bfloat16 if scheme.weights.strategy == "group" else torch.float32
+
+
+def stored_bytes(weight: QuantizedWeight) -> int:
+    """Bytes of the integers and the zero points, packed, and of the scales."""
+    zero_points = 0 if weight.zero_point is None else weight.zero_point.numel()
+    return (weight.values.numel() + zero_points) * weight.quant.bits // 8 + weight.scale.nbytes
+
+
+def find_candidates(schemes: Sequence[Scheme], device: torch.device) -> tuple[list[Candidate], list[LeftOut]]:
+    """What can be timed on `device`, torch's bfloat16 product first and our own before the peers of the same scheme, and the peers that are
+    not installed."""
+    found, left_out = [], []
+    for scheme in (None, *schemes):
+        if scheme is not None:
+            arithmetic = "float" if scheme.inputs is None else "int8"
+            found += [Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in BACKENDS if name != "reference"]
+        for name, peer in PEERS.items():
+            if peer.scheme == ("bf16" if scheme is None else scheme.name) and device.type in peer.devices:
+                missing = peer.missing()
+                if missing is None:
+                    found.append(Candidate(peer.scheme, name, peer.arithmetic, peer.build))
+                else:
+                    left_out.append(LeftOut(peer.scheme, name, f"{NOT_INSTALLED}{missing}"))
+    return found, left_out
+
+
+def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
+    """The backend `name` as a peer: the layer as a model has it. Building it raises InputError where the backend cannot run it."""
+
+    def build(weights: Weights) -> Product:
+        layer = QuantLinear(weights.quantized[scheme.name], scheme, backend=name)
+        return lambda x: lambda: layer(x)
+
+    return build
+
+
+def time_products(products: dict[Candidate, Product], x: Tensor) -> tuple[dict[Candidate, float], dict[Candidate, str]]:
+    """The median seconds of each product of x (M, K), and why the others have none.
+
+    Each is called once before: that sets things up, and shows whether it multiplies what the first one, torch's bfloat16 product, does.
+    """
+    calls: dict[Candidate, Callable[[], Tensor]] = {}
+    failed: dict[Candidate, str] = {}
+    expected: Tensor | None = None
+    for candidate, bind in products.items():
+        try:
+            call = bind(x)
+            y = call().float()
+        except Exception as error:
+            if expected is None:
+                raise  # without what all are compared with there is no benchmark
+            failed[candidate] = reason_of(error)
+            continue
+        expected = y if expected is None else expected
+        wrong = ((y - expected).norm() / expected.norm()).item()
+        if not wrong < LARGEST_ERROR:  # NaN too
+            failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
+            continue
+        calls[candidate] = call
+    stream = torch.ones(STREAM_BYTES // 8, dtype=torch.int64, device=x.device)
+    times: dict[Candidate, list[float]] = {candidate: [] for candidate in calls}
+    for candidate in turns(calls, ROUNDS, SECONDS):
+        stream.sum()
+        times[candidate].append(seconds_of(calls[candidate], x.device))
+    return {candidate: median(found) for candidate, found in times.items()}, failed
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def tables(found: LinearBenchmark) -> Iterator[Table]:
+    """One for each shape: a line for each candidate, a column for each number of tokens, and the limits as lines of their own."""
+    cells = {(row.n, row.k, row.scheme, row.backend, row.m): row for row in found.rows}
+    batches = list(dict.fromkeys(row.m for row in found.rows))
+    for n, k in dict.fromkeys((row.n, row.k) for row in found.rows):
+        lines: list[list[str]] = []
+        for scheme in dict.fromkeys(row.scheme for row in found.rows):
+            backends = list(dict.fromkeys(row.backend for row in found.rows if row.scheme == scheme))
+            for backend in backends:
+                name = f"{scheme} --backend {backend}" if backend in BACKENDS else backend if scheme == "bf16" else f"{scheme} {backend}"
+                lines.append([name, *(cell(cells.get((n, k, scheme, backend, m))) for m in batches)])
+            # The limit of the arithmetic that the scheme is defined in, which is the first one's.
+            firsts = [cells.get((n, k, scheme, backends[0], m)) for m in batches]
+            lines.append([f"{scheme} limit", *(f"{row.microseconds * row.fraction_of_limit:.0f} us" if row else "-" for row in firsts)])
+        yield Table(f"{n}x{k}", ["", *(f"M={m}" for m in batches)], lines)
+
+
+def cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    text = f"{row.microseconds:.0f} us ({row.ratio_to_bf16:.2f}x)"
+    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit" if row.backend in BACKENDS else text
+
+
+def remarks(found: LinearBenchmark) -> Iterator[str]:
+    """The machine, the limits, and what was left out, as lines."""
+    yield ", ".join(f"{name} {value}" for name, value in found.machine.items())
+    peaks = {
+        "int8": found.limits.int8_gop_per_s,
+        "bfloat16": found.limits.bfloat16_gflop_per_s,
+        "float32": found.limits.float32_gflop_per_s,
+    }
+    known = ", ".join(f"{name} {'not known' if peak is None else f'{peak:.0f} Gop/s'}" for name, peak in peaks.items())
+    yield f"limits: read {found.limits.read_gb_per_s:.1f} GB/s, {known} ({found.limits.source})"
+    packages = dict.fromkeys(one.reason.removeprefix(NOT_INSTALLED) for one in found.left_out if one.reason.startswith(NOT_INSTALLED))
+    if packages:
+        yield f"{NOT_INSTALLED}{', '.join(packages)}"
+    others = {(one.scheme, one.backend, one.reason): one for one in found.left_out if not one.reason.startswith(NOT_INSTALLED)}
+    for scheme, backend, reason in others:
+        yield f"not timed: {scheme} {backend}: {reason}"

@@ -1,0 +1,244 @@
+"""How fast whole models run, quantized or not, beside each other: prefill, decoding and memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.evaluation.machine import describe
+from smoothquant_plus.evaluation.timing import Table, turns
+from smoothquant_plus.method.scheme import SCHEMES
+from smoothquant_plus.models.blocks import check_device, check_positions, declared_family, load_config, open_family
+from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
+from smoothquant_plus.progress import note, peak_rss_mb, steps
+from smoothquant_plus.runtime.kernels import BACKENDS
+from smoothquant_plus.runtime.linear import QuantLinear
+from smoothquant_plus.runtime.load import load
+
+# A model is timed so many times, or for so long.
+ROUNDS, SECONDS = 5, 60.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: medians over the rounds, and ratios to the first model.
+
+    `scheme` is the float type of a model that is not quantized, whose `backend` is empty. `prefill_tokens_per_second` counts the tokens of
+    all prompts of the batch over `time_to_first_token_s`: one forward pass over the prompts, which fills the cache, and the choice of
+    a token. `decode_tokens_per_second` counts those after the first. `peak_memory_bytes` is the peak resident size of a process that
+    loads and runs this model alone, Python and the libraries included; on CUDA the peak that torch allocated there.
+    """
+
+    model: str
+    scheme: str
+    backend: str
+    prefill_tokens_per_second: float
+    time_to_first_token_s: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+    prefill_ratio: float
+    decode_ratio: float
+
+
+@dataclass(frozen=True)
+class ModelBenchmark:
+    machine: dict[str, Any]
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model's process says after a run."""
+
+    backends: tuple[str, ...]
+    first_s: float  # until the first token was there
+    rest_s: float  # from then until the last one
+    peak_memory: int
+
+
+def bench_model(
+    directories: Sequence[Path],
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    batch: int = 1,
+    number_of_threads: int | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> ModelBenchmark:
+    """Run the models in `directories` on the same random prompts (`batch` of them, `prompt_tokens` each), and let each generate `new_tokens`
+    (at least 2).
+
+    Each model is loaded in a process of its own, so that its memory is its own, and all of them stay loaded: they take turns, round by
+    round, and nothing but the one whose turn it is computes. `backend` is for those that are quantized. Raises InputError before anything
+    is loaded for a directory, a backend, a device or a length that cannot be used, and when a process ends, such as for want of memory.
+    """
+    check_device(device)
+    vocabulary, schemes = _check(directories, prompt_tokens, new_tokens, backend)
+    prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    count = number_of_threads or torch.get_num_threads()
+    answers: list[list[Answer]] = [[] for _ in directories]
+    with _processes(directories, [(count, device, backend if scheme in SCHEMES else None) for scheme in schemes]) as ask:
+        for index, directory in enumerate(directories):  # one after the other: the first run loads the model, and sets things up
+            note(f"{directory}:")
+            ask(index, prompts, 2)
+        with steps("run", ROUNDS * len(directories)) as progress:
+            for index in turns(range(len(directories)), ROUNDS, SECONDS):
+                answers[index].append(ask(index, prompts, new_tokens))
+                progress.step(str(directories[index]))
+    first = [median(answer.first_s for answer in own) for own in answers]
+    rest = [median(answer.rest_s for answer in own) for own in answers]
+    rows = [
+        Row(
+            str(directory),
+            schemes[index],
+            ", ".join(answers[index][0].backends),
+            batch * prompt_tokens / first[index],
+            first[index],
+            batch * (new_tokens - 1) / rest[index],
+            max(answer.peak_memory for answer in answers[index]),
+            first[0] / first[index],
+            rest[0] / rest[index],
+        )
+        for index, directory in enumerate(directories)
+    ]
+    return ModelBenchmark(describe(count, torch.device(device)), prompt_tokens, new_tokens, batch, rows)
+
+
+def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, backend: str | None) -> tuple[int, list[str]]:
+    """The size of the smallest vocabulary, and each model's scheme. Raises InputError for what `load` or a run would fail on later."""
+    vocabulary, schemes = [], []
+    for directory in directories:
+        config = load_config(directory)
+        open_family(config, declared_family(directory))
+        scheme = read_scheme(Checkpoint(directory).config, directory)
+        text = config.get_text_config()
+        check_positions(text, prompt_tokens + new_tokens, f"{directory}: --prompt-tokens {prompt_tokens} --new-tokens {new_tokens}")
+        vocabulary.append(text.vocab_size)
+        schemes.append(str(config.dtype or torch.float32).removeprefix("torch.") if scheme is None else scheme.name)
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"unknown backend '{backend}': choose one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}")
+    if backend is not None and not set(schemes) & set(SCHEMES):
+        raise InputError(f"--backend {backend}: none of the models is quantized, leave it out.")
+    return min(vocabulary), schemes
+
+
+@contextmanager
+def _processes(
+    directories: Sequence[Path], options: Sequence[tuple[int, str, str | None]]
+) -> Iterator[Callable[[int, Tensor, int], Answer]]:
+    """A process for each model; gives ask(index, prompts, new tokens), which lets one of them run and returns its Answer."""
+    # Forked from a process that has imported everything, once, and computed nothing: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ends, workers = [], []
+    for directory, own in zip(directories, options, strict=True):
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=serve, args=(theirs, directory, *own), daemon=True)
+        worker.start()
+        theirs.close()  # so that the end of the process ends the pipe
+        ends.append(ours)
+        workers.append(worker)
+
+    def ask(index: int, prompts: Tensor, new_tokens: int) -> Answer:
+        try:
+            ends[index].send((prompts.tolist(), new_tokens))
+            answer = ends[index].recv()
+        except (EOFError, ConnectionError) as error:
+            workers[index].join()
+            raise InputError(
+                f"the process that runs {directories[index]} ended (exit code {workers[index].exitcode}). All the models are in memory at "
+                "once: when there was not enough of it, measure fewer of them, or a smaller --batch."
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        yield ask
+    finally:
+        for end, worker in zip(ends, workers, strict=True):
+            end.close()
+            worker.terminate()
+            worker.join()
+
+
+def serve(connection: Connection, directory: Path, threads: int, device: str, backend: str | None) -> None:
+    """A model's process: load it when first asked, and run it as often as asked, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends this process
+    torch.set_num_threads(threads)
+    model: Any = None
+    while True:
+        try:
+            prompts, new_tokens = connection.recv()
+        except EOFError:
+            return
+        try:
+            model = load(directory, device=device, backend=backend) if model is None else model
+            first, rest = run(model, torch.tensor(prompts, device=model.device), new_tokens)
+        except (InputError, OSError, RuntimeError) as error:
+            connection.send(error)
+            return
+        backends = tuple(sorted({module.backend for module in model.modules() if isinstance(module, QuantLinear)}))
+        peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else int(peak_rss_mb() * 1e6)
+        connection.send(Answer(backends, first, rest, peak))
+
+
+@torch.inference_mode()
+def run(model: Any, prompts: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds until the first token after `prompts`, int64 (batch, tokens), and from then until the last of `new_tokens`.
+
+    Greedy, with the model's own cache and forward passes as `generate` makes them, without what it does around them. The end of
+    a text does not stop it.
+    """
+    only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    start = _now(model)
+    output = model(input_ids=prompts, use_cache=True, **only_last)
+    token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
+    first = _now(model)
+    for _ in range(new_tokens - 1):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return first - start, _now(model) - first
+
+
+def _now(model: Any) -> float:
+    """The time, when all that was asked of the model's device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def tables(found: ModelBenchmark) -> Iterator[Table]:
+    columns = ["", "scheme", "backend", "prefill tokens/s", "first token s", "decode tokens/s", "peak memory GB"]
+    lines = [
+        [
+            row.model,
+            row.scheme,
+            row.backend or "-",
+            f"{row.prefill_tokens_per_second:.1f} ({row.prefill_ratio:.2f}x)",
+            f"{row.time_to_first_token_s:.3f}",
+            f"{row.decode_tokens_per_second:.1f} ({row.decode_ratio:.2f}x)",
+            f"{row.peak_memory_bytes / 1e9:.2f} ({row.peak_memory_bytes / found.rows[0].peak_memory_bytes:.2f}x)",
+        ]
+        for row in found.rows
+    ]
+    yield Table(f"{found.batch} x {found.prompt_tokens} tokens and {found.new_tokens} new ones", columns, lines)
+
+
+def remarks(found: ModelBenchmark) -> Iterator[str]:
+    yield ", ".join(f"{name} {value}" for name, value in found.machine.items())

@@ -1,0 +1,141 @@
+"""What a machine is, and what it can do at best: how fast it reads memory and how fast it multiplies."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.evaluation.timing import seconds_of, turns
+
+READ_BYTES = 256 << 20  # more than the caches hold
+TRIES, SECONDS = 5, 0.5  # of each call; the best counts: nothing makes a machine faster than it is
+SIDE = {"cpu": 512, "cuda": 8192}  # matrices that stay in a CPU core's share of the cache, and that fill a GPU
+PEAK_ITERATIONS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes read in 1e9 a second, and operations in 1e9 a second, a multiplication and an addition counted as two; None where the machine
+    has no such arithmetic, or where it could not be measured. `source` says how they were measured."""
+
+    source: str
+    read_gb_per_s: float
+    int8_gop_per_s: float | None
+    bfloat16_gflop_per_s: float | None
+    float32_gflop_per_s: float | None
+
+    def seconds(self, arithmetic: str, nbytes: int, operations: int) -> float:
+        """The shortest time in which `nbytes` can be read and, meanwhile, `operations` be done in `arithmetic`: 'int8', or 'float', which is
+        the faster of bfloat16 and float32. An arithmetic whose limit is not known sets none."""
+        peaks = (self.int8_gop_per_s,) if arithmetic == "int8" else (self.bfloat16_gflop_per_s, self.float32_gflop_per_s)
+        peak = max((peak for peak in peaks if peak is not None), default=None)
+        reading = nbytes / (self.read_gb_per_s * 1e9)
+        return reading if peak is None else max(reading, operations / (peak * 1e9))
+
+    def or_better(self, other: Limits) -> Limits:
+        """The higher of both in each: what was measured while others used the machine is no limit."""
+        values: dict[str, Any] = {}
+        for field in fields(self)[1:]:
+            both = (getattr(self, field.name), getattr(other, field.name))
+            values[field.name] = max((value for value in both if value is not None), default=None)
+        return Limits(self.source, **values)
+
+
+def measure_limits(device: torch.device, threads: int) -> Limits:
+    """The limits of this machine: by the package's own kernels where they are built, otherwise an estimate by what torch can do, which
+    is lower."""
+    kernels = extension()
+    if device.type != "cpu" or kernels is None:
+        return _estimate(device)
+    ops = torch.ops.smoothquant_plus
+    buffer = _read_buffer(device)
+    read = _best(lambda: ops.cpu_read(buffer), device)
+    peaks = {what: _peak_of_one_thread(what) * threads / 1e9 or None for what in ("int8", "bfloat16", "float32")}
+    return Limits(
+        "the package's CPU kernels; a peak is that of one thread times the threads, an upper bound",
+        buffer.nbytes / read / 1e9,
+        peaks["int8"],
+        peaks["bfloat16"],
+        peaks["float32"],
+    )
+
+
+def describe(number: int, device: torch.device) -> dict[str, Any]:
+    """Where it was measured, as a benchmark's JSON file says it; `number` threads were used."""
+    kernels = extension()
+    level = torch.backends.cpu.get_cpu_capability() if kernels is None else kernels.level()
+    found = {"cpu": cpu_name(), "instruction_set": level, "threads": number, "torch": torch.__version__}
+    return found | {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
+
+
+def cpu_name() -> str:
+    """The processor's name with its family and model, which tell processors apart whose names a virtual machine hides."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    pairs = (line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in pairs}
+    if "model name" not in values:  # not x86
+        return platform.processor() or platform.machine()
+    return f"{values['model name']} (family {values.get('cpu family')}, model {values.get('model')})"
+
+
+def extension() -> Any:
+    """The module of the package's own CPU kernels, or None where they are not built."""
+    try:
+        kernels = importlib.import_module("smoothquant_plus.runtime.kernels.cpu")
+    except ModuleNotFoundError:
+        return None
+    return kernels if kernels.missing() is None else None
+
+
+def _peak_of_one_thread(what: str) -> float:
+    """Operations a second in registers; 0 when the processor has no such instruction."""
+    best = 0.0
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        operations = torch.ops.smoothquant_plus.cpu_peak(what, PEAK_ITERATIONS)
+        best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
+def _estimate(device: torch.device) -> Limits:
+    """What torch's own sum and matrix products reach. On a CPU it has no integer product that is near to any peak."""
+    buffer = _read_buffer(device).view(torch.int64)
+    read = buffer.nbytes / _best(buffer.sum, device) / 1e9
+    side = SIDE[device.type]
+    operations = 2 * side**3 / 1e9
+    float_peaks = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        square = torch.ones(side, side, dtype=dtype, device=device)
+        float_peaks[dtype] = operations / _best(lambda square=square: square @ square, device)  # type: ignore[misc]
+    int8 = None
+    if device.type == "cuda":
+        square = torch.ones(side, side, dtype=torch.int8, device=device)
+        int8 = operations / _best(lambda: torch._int_mm(square, square.t()), device)
+    return Limits("an estimate: torch's sum and matrix products", read, int8, float_peaks[torch.bfloat16], float_peaks[torch.float32])
+
+
+def _read_buffer(device: torch.device) -> Tensor:
+    """READ_BYTES as uint8, all of them written once so that they are really there; on huge pages where the system gives them, which can
+    be read faster than others."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.ones(READ_BYTES, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, READ_BYTES)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+
+
+def _best(call: Callable[[], Any], device: torch.device) -> float:
+    """The shortest time, in seconds, that a call took."""
+    call()
+    return min(seconds_of(call, device) for _ in turns(["call"], TRIES, SECONDS))

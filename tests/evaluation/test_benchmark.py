@@ -1,0 +1,203 @@
+"""What the benchmarks say, and refuse; never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smoothquant_plus.cli import app
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.evaluation import benchmark_linear, benchmark_model, machine
+from smoothquant_plus.evaluation.benchmark_linear import bench_linear, remarks, tables
+from smoothquant_plus.evaluation.benchmark_model import bench_model
+from smoothquant_plus.evaluation.machine import Limits
+from smoothquant_plus.evaluation.peers import BF16, PEERS, Peer
+from smoothquant_plus.evaluation.timing import turns
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.runtime.kernels import BACKENDS
+
+ROW = {"scheme", "backend", "m", "n", "k", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
+MODEL_ROW = {
+    *("model", "scheme", "backend", "prefill_tokens_per_second", "time_to_first_token_s", "decode_tokens_per_second"),
+    *("peak_memory_bytes", "prefill_ratio", "decode_ratio"),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits and caches are of no interest here."""
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "SIDE", {"cpu": 32})
+    monkeypatch.setattr(benchmark_linear, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(benchmark_linear, "ROUNDS", 3)
+
+
+def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "linear.json"
+    options = ["--shape", "64x128", "--shape", "80x384", "--tokens", "1,3", "--threads", "1", "--json", str(file)]
+    app(["bench", "linear", *options], standalone_mode=False)
+    printed = capfd.readouterr()
+    found = json.loads(file.read_text())
+    assert {"cpu", "instruction_set", "threads", "torch"} == set(found["machine"]) and found["machine"]["threads"] == 1
+    rows, left_out = found["rows"], found["left_out"]
+    assert all(set(row) == ROW for row in rows)
+    assert all(row[name] > 0 for row in rows for name in ROW - {"scheme", "backend"})
+    assert all(row["ratio_to_bf16"] == 1 for row in rows if row["backend"] == BF16)
+    # Whatever there is was timed or is named with the reason, and nothing that was timed multiplies something else.
+    everything = {(peer.scheme, name) for name, peer in PEERS.items()}
+    everything |= {(scheme, name) for scheme in ("w8a8", "w4a16") for name in BACKENDS if name != "reference"}
+    timed = {(row["scheme"], row["backend"]) for row in rows}
+    assert timed | {(one["scheme"], one["backend"]) for one in left_out} == everything
+    assert {("bf16", BF16), ("w8a8", "torch"), ("w4a16", "torch"), ("w8a8", "torch _int_mm")} <= timed
+    assert all(one["reason"] and "wrong" not in one["reason"] for one in left_out)
+    sizes = {(row["m"], row["n"], row["k"]) for row in rows if row["backend"] == BF16}
+    assert sizes == {(m, *shape) for m in (1, 3) for shape in ((64, 128), (80, 384))}
+    assert (
+        "80x384 w8a8 --backend torch: M=1 " in printed.out and "% of limit; M=3 " in printed.out and "80x384 w4a16 limit: " in printed.out
+    )
+    assert "limits: read " in printed.out
+    assert "bench 4/4: 80x384, 3 tokens" in printed.err and "left" in printed.err
+
+
+def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(weights: object) -> object:
+        raise OSError("no such instruction\nand more")
+
+    def no_small_batch(weights: object) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+        return lambda x: lambda: torch._int_mm(x, x)
+
+    peers = {
+        BF16: PEERS[BF16],
+        "broken": Peer("w8a8", "int8", (), ("cpu",), broken),
+        "zeros": Peer("w8a8", "int8", (), ("cpu",), lambda weights: lambda x: lambda: torch.zeros(len(x), 64)),
+        "refuses": Peer("w8a8", "int8", (), ("cpu",), no_small_batch),
+        "absent": Peer("w8a8", "int8", ("no_such_package",), ("cpu",), broken),
+        "elsewhere": Peer("w8a8", "int8", (), ("cuda",), broken),
+    }
+    monkeypatch.setattr(benchmark_linear, "PEERS", peers)
+    found = bench_linear("w8a8", ["64x128"], "2")
+    assert {row.backend for row in found.rows} == {BF16, "torch"}
+    reasons = {one.backend: one.reason for one in found.left_out}
+    assert reasons.pop("refuses")
+    expected = {
+        "broken": "no such instruction",
+        "zeros": "its product is wrong (relative error 1.00)",
+        "absent": "not installed: no_such_package",
+    }
+    assert reasons == expected
+    lines = list(remarks(found))
+    assert "not installed: no_such_package" in lines and "not timed: w8a8 broken: no such instruction" in lines
+    assert [line[0] for line in next(tables(found)).lines] == [BF16, "bf16 limit", "w8a8 --backend torch", "w8a8 limit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "w8a16"}, "unknown scheme 'w8a16'.*Did you mean"),
+        ({"shapes": ["64"]}, "--shape 64: give output and input channels as NxK"),
+        ({"shapes": ["64x128", "0x128"]}, "--shape 0x128: give"),
+        ({"shapes": ["64x100"]}, "--shape 64x100: w4a16 has groups of 128"),
+        ({"tokens": "1,,3"}, "--tokens 1,,3: give positive numbers"),
+        ({"tokens": "0"}, "--tokens 0: give positive numbers"),
+        ({"device": "cuda:99"}, "device 'cuda:99' was asked for"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_linear_refuses(options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_linear, "measure_limits", lambda *_: pytest.fail("work began before the options were checked"))
+    with pytest.raises(InputError, match=message):
+        bench_linear(**options)
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for file in (tmp_path, tmp_path / "missing" / "file.json"):
+        assert app(["bench", "linear", "--json", str(file)], standalone_mode=False) == 2
+    assert capfd.readouterr().err.count("give the name of a file in a directory that exists") == 2
+
+
+def test_turns() -> None:
+    assert list(turns("abc", 2, 10.0)) == list("abcabc")
+    order = []
+    for one in turns(["slow", "quick"], 3, 0.02):
+        order.append(one)
+        time.sleep(0.03 if one == "slow" else 0.0)
+    assert order == ["slow", "quick", "quick", "quick"]
+
+
+def test_a_limit_is_what_takes_longer_reading_or_multiplying() -> None:
+    limits = Limits("", read_gb_per_s=10.0, int8_gop_per_s=100.0, bfloat16_gflop_per_s=50.0, float32_gflop_per_s=25.0)
+    assert limits.seconds("int8", nbytes=10**10, operations=10**9) == 1.0
+    assert limits.seconds("int8", nbytes=10, operations=10**11) == 1.0
+    assert limits.seconds("float", nbytes=10, operations=10**11) == 2.0
+    better = limits.or_better(Limits("", 5.0, None, 60.0, None))
+    assert better == Limits("", 10.0, 100.0, 60.0, 25.0)
+    assert Limits("", 10.0, None, None, None).seconds("int8", 10**10, 10**20) == 1.0
+
+
+def test_the_package_s_own_kernels_measure_the_limits_where_they_are_built(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(machine, "extension", lambda: SimpleNamespace(level=lambda: "avx512vnni"))
+    monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_read", lambda tensor: read.append(tensor.nbytes) or 0, raising=False)
+    monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_peak", lambda what, times: 0 if what == "bfloat16" else times, raising=False)
+    cpu = torch.device("cpu")
+    limits = machine.measure_limits(cpu, 4)
+    assert set(read) == {1 << 20} and limits.read_gb_per_s > 0 and "times the threads" in limits.source
+    assert limits.bfloat16_gflop_per_s is None and limits.int8_gop_per_s and limits.float32_gflop_per_s
+    assert machine.describe(4, cpu)["instruction_set"] == "avx512vnni"
+
+
+def test_models_as_a_user_runs_it(tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, out, file = tiny("llama"), tmp_path / "out", tmp_path / "model.json"
+    quantize(model, out, smooth="none")
+    options = ["--prompt-tokens", "8", "--new-tokens", "3", "--batch", "2", "--backend", "torch", "--json", str(file)]
+    app(["bench", "model", str(model), str(out), *options], standalone_mode=False)
+    printed = capfd.readouterr().out
+    found = json.loads(file.read_text())
+    assert (found["prompt_tokens"], found["new_tokens"], found["batch"]) == (8, 3, 2)
+    first, second = found["rows"]
+    assert set(first) == set(second) == MODEL_ROW
+    assert (first["scheme"], first["backend"], first["prefill_ratio"], first["decode_ratio"]) == ("float16", "", 1, 1)
+    assert (second["model"], second["scheme"], second["backend"]) == (str(out), "w8a8", "torch")
+    assert all(row[name] > 0 for row in (first, second) for name in MODEL_ROW - {"model", "scheme", "backend"})
+    assert first["prefill_tokens_per_second"] == pytest.approx(16 / first["time_to_first_token_s"])
+    assert f"{out}: scheme w8a8; backend torch; prefill tokens/s " in printed
+    assert not multiprocessing.active_children()
+
+
+def test_models_refuse(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_model, "_processes", lambda *_: pytest.fail("a model was loaded before everything was checked"))
+    model = tiny("llama")
+    for directories, options, message in (
+        ([tmp_path / "missing"], {}, "no such model directory"),
+        ([model, tmp_path], {"prompt_tokens": 8}, r"has no config\.json"),
+        ([model], {"prompt_tokens": 250}, "--prompt-tokens 250 --new-tokens 32 is more than the 256 positions"),
+        ([model], {"prompt_tokens": 8, "backend": "torhc"}, "unknown backend 'torhc'.*Did you mean 'torch'"),
+        ([model], {"prompt_tokens": 8, "backend": "torch"}, "--backend torch: none of the models is quantized"),
+        ([model], {"device": "cuda:99"}, "device 'cuda:99' was asked for"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bench_model(directories, **options)
+
+
+def test_a_process_hands_its_errors_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is the tests'
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(([[1, 2]], 2))
+    benchmark_model.serve(theirs, tmp_path / "missing", 1, "cpu", None)
+    error = ours.recv()
+    assert isinstance(error, InputError) and "no such model directory" in str(error)
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with benchmark_model._processes([tmp_path], [(1, "cpu", None)]) as ask:
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(InputError, match=r"exit code -9.*measure fewer of them"):
+            ask(0, torch.zeros(1, 1, dtype=torch.int64), 2)
