@@ -106,7 +106,7 @@ def bench_linear(
     and the best counts. Raises InputError for options that cannot be used, before anything is timed.
     """
     schemes = list(SCHEMES.values()) if scheme is None else [find_scheme(scheme)]
-    sizes = [read_shape(shape, schemes) for shape in shapes]
+    sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes))
     batches = read_tokens(tokens)
     place = torch.device(check_device(device))
     candidates, left_out = find_candidates(schemes, place)
@@ -218,13 +218,13 @@ def time_products(products: dict[Candidate, Product], x: Tensor) -> tuple[dict[C
         try:
             call = bind(x)
             y = call().float()
+            expected = y if expected is None else expected
+            wrong = ((y - expected).norm() / expected.norm()).item()
         except Exception as error:
             if expected is None:
                 raise  # without what all are compared with there is no benchmark
             failed[candidate] = reason_of(error)
             continue
-        expected = y if expected is None else expected
-        wrong = ((y - expected).norm() / expected.norm()).item()
         if not wrong < LARGEST_ERROR:  # NaN too
             failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
             continue
@@ -274,7 +274,7 @@ def remarks(found: LinearBenchmark) -> Iterator[str]:
         "bfloat16": found.limits.bfloat16_gflop_per_s,
         "float32": found.limits.float32_gflop_per_s,
     }
-    known = ", ".join(f"{name} {'not known' if peak is None else f'{peak:.0f} Gop/s'}" for name, peak in peaks.items())
+    known = ", ".join(f"{name} {'not known' if peak is None else f'{peak:.1f} Gop/s'}" for name, peak in peaks.items())
     yield f"limits: read {found.limits.read_gb_per_s:.1f} GB/s, {known} ({found.limits.source})"
     packages = dict.fromkeys(one.reason.removeprefix(NOT_INSTALLED) for one in found.left_out if one.reason.startswith(NOT_INSTALLED))
     if packages:

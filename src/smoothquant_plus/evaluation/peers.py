@@ -49,9 +49,13 @@ def torch_bf16(weights: Weights) -> Product:
 
 
 def torch_bf16_prepacked(weights: Weights) -> Product:
-    """oneDNN's product as torch.compile calls it, on a weight in oneDNN's own layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weights.floats)
-    return lambda x: lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    """oneDNN's product as torch.compile calls it, on a weight in the layout that oneDNN chooses for so many tokens."""
+
+    def bind(x: Tensor) -> Callable[[], Tensor]:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weights.floats, len(x))
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    return bind
 
 
 def torch_int_mm(weights: Weights) -> Product:
