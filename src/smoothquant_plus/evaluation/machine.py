@@ -7,6 +7,7 @@ import mmap
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def _read_buffer(device: torch.device) -> Tensor:
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.ones(READ_BYTES, dtype=torch.uint8, device=device)
     pages = mmap.mmap(-1, READ_BYTES)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
