@@ -1,0 +1,111 @@
+"""Our own CPU kernels (csrc/), for both schemes: W8A8 with the activations quantized inside the op, W4A16 with weights alone in integers.
+
+One packed layout serves every instruction set; which one runs is found out when the library is loaded, and SQPLUS_CPU lowers it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import smoothquant_plus
+from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.progress import note
+
+# From the lowest to the highest, as in csrc/ops.cpp.
+LEVELS = ("portable", "avx2", "avx512")
+VARIABLE = "SQPLUS_CPU"
+PANEL = 64
+
+# |x| <= 128 and |w| <= 127: more input channels than this could overflow the int32 sum.
+LARGEST_K = (2**31 - 1) // (128 * 127)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Load the library, once: None, or the reason why there is none, which is also said to the user."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None and wanted not in LEVELS:
+        raise InputError(f"{VARIABLE}={wanted}: choose one of {', '.join(LEVELS)}.{did_you_mean(wanted, LEVELS)}")
+    found = sorted(Path(smoothquant_plus.__file__).parent.glob("_cpu*.so"))
+    reason = None if found else "they were not built: install the package where PyTorch and a C++ compiler are (README.md, Install)"
+    if found:
+        try:
+            torch.ops.load_library(found[0])
+        except OSError as error:
+            reason = f"{found[0]} cannot be loaded: {error}"
+    if reason is not None:
+        note(f"the CPU kernels of smoothquant-plus are not used, slower ones of PyTorch are: {reason}.")
+        return reason
+    torch.library.register_fake("smoothquant_plus::cpu_w8a8")(_fake_w8a8)
+    torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4a16)
+    if wanted is not None:
+        torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted))
+    return None
+
+
+def level() -> str:
+    """The instruction set in use."""
+    return LEVELS[torch.ops.smoothquant_plus.cpu_level(-1)]
+
+
+def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
+    if device.type != "cpu":
+        return f"they run on the CPU, not on '{device.type}'"
+    if scheme.name == "w8a8" and shape[1] > LARGEST_K:
+        return f"their sums are exact for at most {LARGEST_K} input channels"
+    return missing()
+
+
+def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
+    ops = torch.ops.smoothquant_plus
+    rows = len(weight.values)
+    if weight.quant.bits == 8:
+        return *ops.cpu_pack_w8(weight.values), weight.scale.reshape(-1).expand(rows).contiguous()
+    # A group whose weights are all zero adds nothing, whatever rounding its two sums leave.
+    groups = weight.values.reshape(*weight.scale.shape, -1)
+    zero = 0 if weight.zero_point is None else weight.zero_point[..., None]
+    scale = weight.scale.masked_fill((groups == zero).all(dim=-1), 0)
+    # The first says how many channels there are: panels have more.
+    prepared = (weight.values.new_empty(rows, 0), ops.cpu_pack_w4(weight.values), panels(scale))
+    return prepared if weight.zero_point is None else (*prepared, panels(weight.zero_point))
+
+
+def panels(per_group: Tensor) -> Tensor:
+    """(N, groups) as (panels, groups, 64)."""
+    padded = torch.nn.functional.pad(per_group.t(), (0, -len(per_group) % PANEL))  # (groups, panels * 64)
+    return padded.reshape(len(padded), -1, PANEL).transpose(0, 1).contiguous()
+
+
+def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    ops = torch.ops.smoothquant_plus
+    bias = None if bias is None else bias.float()
+    if scheme.inputs is not None:
+        weight, correction, scale = prepared
+        y: Tensor = ops.cpu_w8a8(x, weight, correction, scale, scheme.inputs.strategy == "token", input_scale, bias)
+        return y
+    rows, packed, scale, *zero_point = prepared
+    y = ops.cpu_w4a16(x, packed, scale, zero_point[0] if zero_point else None, bias, len(rows))
+    return y
+
+
+def _fake_w8a8(
+    x: Tensor,
+    weight: Tensor,
+    correction: Tensor,
+    weight_scale: Tensor,
+    per_token: bool,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
+
+
+def _fake_w4a16(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, channels: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], channels)
