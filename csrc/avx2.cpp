@@ -1,9 +1,12 @@
-// AVX2 and FMA: every x86 server since 2015. No 8-bit dot product: |x| times w with the sign of x, in 16 bits, which cannot saturate
-// (2 * 128 * 127 < 2^15), then pairs in 32.
+// AVX2 with FMA and F16C: every x86 server since 2015. It has no 8-bit dot product.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx2,fma")
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#pragma GCC target("avx2,fma,f16c")
 #include "tile.h"
 
 namespace sqplus {
@@ -11,38 +14,63 @@ namespace {
 
 struct Avx2 {
   static constexpr int width = 8;
-  static constexpr bool unsigned_x = false;
+  static constexpr int rows = 3;
   static constexpr int accumulators = 12;
+  static constexpr bool unsigned_x = false;
   using Float = __m256;
   using Int = __m256i;
 
-  static SQPLUS_INLINE Float zero() { return _mm256_setzero_ps(); }
   static SQPLUS_INLINE Int zero_int() { return _mm256_setzero_si256(); }
-  static SQPLUS_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static SQPLUS_INLINE Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
   static SQPLUS_INLINE Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  static SQPLUS_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static SQPLUS_INLINE Float broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-  static SQPLUS_INLINE Int broadcast4(int32_t v) { return _mm256_set1_epi32(v); }
-  static SQPLUS_INLINE Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+  static SQPLUS_INLINE Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static SQPLUS_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
+
+  static SQPLUS_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
+  static SQPLUS_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static SQPLUS_INLINE Float load_bfloat16(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static SQPLUS_INLINE Float load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static SQPLUS_INLINE Float load_int8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static SQPLUS_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
+  static SQPLUS_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static SQPLUS_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static SQPLUS_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
-  static SQPLUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+  // |x| times w with the sign of x, pairs of products in 16 bits, which cannot saturate (2 * 128 * 127 < 2^15), then pairs of those in 32.
   static SQPLUS_INLINE Int dot4(Int sum, Int x, Int w) {
     const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-
+  static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
+  static SQPLUS_INLINE Int high_nibbles(Int packed) { return _mm256_and_si256(_mm256_srli_epi32(packed, 4), _mm256_set1_epi8(15)); }
+  // Four products of a nibble and an int8 are below 2^15 (4 * 15 * 128).
+  static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) {
+    const Int fours = _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
+  }
   template <int shift>
   static SQPLUS_INLINE Float nibble(Int packed) {
     const Int moved = shift == 0 ? packed : _mm256_srli_epi32(packed, shift);
     return _mm256_cvtepi32_ps(shift == 28 ? moved : _mm256_and_si256(moved, _mm256_set1_epi32(15)));
   }
+
+  template <bool soon>
+  static SQPLUS_INLINE void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), soon ? _MM_HINT_T0 : _MM_HINT_T1);
+  }
+  template <class T>
+  static SQPLUS_INLINE void touch(T& a) {
+    asm volatile("" : "+x"(a));
+  }
 };
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", 3, false, w8<Avx2>, w4<Avx2>};
+constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2");
 
 }  // namespace sqplus
 #endif

@@ -1,4 +1,4 @@
-// What an instruction set offers: two tiles, each of a few rows of activations and a panel of 64 output channels.
+// What an instruction set offers: products of a few rows of activations with a panel of 64 output channels, and passes over rows.
 //
 // Packed weights are the same for all of them, so that a machine's level can be lowered at run time:
 //   W8  [panel][K / 4][64 channels][4]  int8, the input channels of four at a time next to each other
@@ -11,41 +11,87 @@
 namespace sqplus {
 
 constexpr int kPanel = 64;
+constexpr int kMostRows = 6;
 
-// Even channels in the lower half and odd ones in the upper: two neighbours are then one lane of a 16-bit table look-up.
+// Even channels in the lower half and odd ones in the upper: two neighbours are one lane of a 16-bit table look-up, and the bytes under the mask
+// 0x0f0f0f0f are four channels for an 8-bit dot product (kByteOrder), those under 0xf0f0f0f0 the other four.
 constexpr int nibble_shift(int e) { return (e / 2) * 4 + (e % 2) * 16; }
+constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+// What is fetched into the cache meanwhile, for each 256 bytes of weights that are read: the weights themselves a little ahead (a single block of
+// rows streams through them), or `lines` lines of 64 bytes of the next panel (several blocks go over this one).
+constexpr int kOwn = -1;
+struct Ahead {
+  const char* from;
+  int lines;  // kOwn, 0, 1 or 2
+};
 
 struct W8Tile {
-  const int32_t* x;         // (K / 4, rows): four int8 activations each
-  int64_t steps;            // K / 4
-  const int8_t* weight;     // one panel
+  const int32_t* x;           // (K / 4, rows): four int8 activations each
+  int64_t steps;              // K / 4
+  const int8_t* weight;       // one panel
   const int32_t* correction;  // (64): 128 times the sum of each channel's weights, for kernels with unsigned_x
-  float* y;                 // (rows, 64): the integer sums as float32
+  Ahead ahead;
+  float* y;                   // (rows, 64): the integer sums as float32
 };
 
 struct W4Tile {
-  const float* x;           // (K, rows)
-  const float* sums;        // (groups, rows): the activations of each group added up
+  const void* x;              // a group's float32 (channels, rows), pairs of bfloat16 (channels / 2, rows), or four int8 in kByteOrder
+  int64_t x_stride;           // from a group's x to the next one's, in 32-bit numbers
+  const float* sums;          // (groups, rows): the activations of each group added up
   int64_t groups;
-  int64_t steps;            // of eight input channels, in a group
-  const uint32_t* weight;   // one panel
-  const float* scale;       // (groups, 64)
-  const float* zero;        // (groups, 64): what a nibble that stands for zero is
-  float* y;                 // (rows, 64)
+  int64_t steps;              // of eight input channels, in a group
+  const uint32_t* weight;     // one panel
+  Type scale_type;
+  const void* scale;          // (groups, 64)
+  const int8_t* zero_point;   // (groups, 64), or null where all are 0
+  Ahead ahead;
+  float* y;                   // (rows, 64)
+};
+
+// One of several blocks of rows for which a panel's weights are decoded once; the results are those of block after block.
+struct W4Block {
+  const void* x;
+  const float* sums;
+  float* y;
+  int rows;
 };
 
 struct Kernels {
   const char* name;
-  int rows;                              // the most rows that a tile takes
-  bool unsigned_x;                       // whether x has 128 added (as uint8), for which the weights' sums are subtracted again
+  int rows;         // the most rows that a tile takes
+  bool unsigned_x;  // whether w8 takes x with 128 added (as uint8); the weights' sums are subtracted again
+
   void (*w8)(int rows, const W8Tile&);
-  void (*w4)(int rows, const W4Tile&);
+  void (*w4)(int rows, const W4Tile&);  // x float32
+  void (*w4_blocks)(int64_t blocks, const W4Block*, const W4Tile&);
+  void (*w4_bfloat16)(int rows, const W4Tile&);  // null where there is no such product
+  void (*w4_bfloat16_blocks)(int64_t blocks, const W4Block*, const W4Tile&);
+  void (*w4a8)(int rows, const W4Tile&);  // x int8
+
+  void (*read)(Type, const void* x, int64_t count, float* to);
+  float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
+  void (*quantize)(const float* x, int64_t count, float scale, int8_t* to);
+  // y * row_scale * scale + bias; scale and bias may be null.
+  void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
+
+  // What the machine can do, for benchmarks. The peaks return how many operations they have done (0: there is no such instruction).
+  int64_t (*read_memory)(const void* from, int64_t bytes);
+  int64_t (*peak_int8)(int64_t iterations);
+  int64_t (*peak_float32)(int64_t iterations);
+  int64_t (*peak_bfloat16)(int64_t iterations);
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+// What kAvx512Bf16 has beyond kAvx512.
+void w4_bfloat16_avx512(int rows, const W4Tile&);
+void w4_bfloat16_blocks_avx512(int64_t blocks, const W4Block*, const W4Tile&);
+int64_t peak_bfloat16_avx512(int64_t iterations);
 #endif
 
 }  // namespace sqplus

@@ -1,15 +1,19 @@
 // The torch ops: inputs checked, activations prepared, panels handed to threads. Written against PyTorch's stable ABI (2.10), so that one build
 // serves later versions too; threads are torch's own.
+//
+// Each number of a result is computed by one thread, in an order that depends neither on how many threads there are nor on the rows beside it.
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,47 +22,63 @@
 namespace sqplus {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-// From the lowest to the highest level.
-const Kernels* const kLevels[] = {
-    &kPortable,
-#if defined(__x86_64__)
-    &kAvx2,
-    &kAvx512,
+// From the lowest to the highest level, as LEVELS in runtime/kernels/cpu.py. AMX would be another one, and its tiles another file.
+std::vector<Kernels> levels_here() {
+  std::vector<Kernels> levels = {kPortable};
+#if defined(SQPLUS_EMULATE)
+  const bool avx2 = true, avx512 = true, bfloat16 = true;
+#elif defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-};
-
-int64_t highest_level() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  if (avx2) levels.push_back(kAvx2);
+  if (avx512) levels.push_back(kAvx512);
+  if (bfloat16) {
+    Kernels kernels = kAvx512;
+    kernels.name = "avx512_bf16";
+    kernels.w4_bfloat16 = w4_bfloat16_avx512;
+    kernels.w4_bfloat16_blocks = w4_bfloat16_blocks_avx512;
+    kernels.peak_bfloat16 = peak_bfloat16_avx512;
+    levels.push_back(kernels);
+  }
 #endif
-  return 0;
+  return levels;
 }
 
-const Kernels* chosen = kLevels[highest_level()];
+const std::vector<Kernels> kLevels = levels_here();
+const Kernels* chosen = &kLevels.back();
 
-// The level in use, after lowering it to `level` (a negative one changes nothing).
+// The level in use, after choosing `level` or, where the machine has less, its highest (a negative one changes nothing).
 int64_t cpu_level(int64_t level) {
-  if (level >= 0) chosen = kLevels[std::min(level, highest_level())];
-  return std::find(std::begin(kLevels), std::end(kLevels), chosen) - std::begin(kLevels);
+  if (level >= 0) chosen = &kLevels[std::min<int64_t>(level, kLevels.size() - 1)];
+  return chosen - kLevels.data();
 }
 
-// Calls f with a pointer of the tensor's type.
-template <class F>
-void with_floats(const Tensor& t, F&& f) {
+Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return f(static_cast<float*>(t.data_ptr()));
-    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(t.data_ptr()));
-    case ScalarType::Half: return f(static_cast<Half*>(t.data_ptr()));
+    case ScalarType::Float: return Type::kFloat;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    case ScalarType::Half: return Type::kHalf;
     default: STD_TORCH_CHECK(false, "float32, bfloat16 or float16 is needed");
   }
+  return Type::kFloat;
+}
+
+int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Not initialized, unlike a vector.
+template <class T>
+std::unique_ptr<T[]> room(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
 }
 
 // M rows in blocks of nearly equal size, each of at most `most` rows.
@@ -69,53 +89,42 @@ struct Blocks {
   int64_t first(int64_t block) const { return block * base + std::min(block, longer); }
 };
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Where the largest absolute value is NaN, the scale is: it must stay visible.
-float scale_of(float maximum) { return maximum == 0 ? 1.0f : maximum / 127.0f; }
-
-template <class T>
-float absolute_maximum(const T* x, int64_t count) {
-  float largest = 0;
-  bool not_a_number = false;
-  for (int64_t k = 0; k < count; ++k) {
-    const float value = std::fabs(static_cast<float>(x[k]));
-    not_a_number |= value != value;
-    largest = std::max(largest, value);
-  }
-  return not_a_number ? NAN : largest;
-}
-
-// Rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point.
-int8_t to_int8(float value) {
-  const float bounded = std::min(std::max(value, -128.0f), 127.0f);
-  return static_cast<int8_t>(static_cast<int32_t>((bounded + 12582912.0f) - 12582912.0f));
-}
-
 int64_t rows_of(const Tensor& x) {
-  const auto sizes = x.sizes();
   int64_t rows = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
+  for (size_t i = 0; i + 1 < x.sizes().size(); ++i) rows *= x.sizes()[i];
   return rows;
 }
 
 Tensor result_for(const Tensor& x, int64_t channels) {
-  const auto found = x.sizes();
-  std::vector<int64_t> sizes(found.begin(), found.end());
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = channels;
   return torch::stable::new_empty(x, sizes);
 }
 
+// Zeros in pages of 2 MB where the system has them: a product at M = 1 reads every page of a weight once.
+Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
+  Tensor made = torch::stable::new_empty(like, {count}, type);
+  const int64_t bytes = count * (type == ScalarType::Int ? 4 : 1), page = 2 << 20;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(made.data_ptr()), page);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(made.data_ptr()) + bytes) / page * page;
+#if defined(MADV_HUGEPAGE)
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
+#endif
+  if (bytes) std::memset(made.data_ptr(), 0, bytes);
+  return made;
+}
+
 // int8 (N, K) -> panels, int8 flat, and 128 times the sum of each channel, int32 (N rounded up to panels).
 std::tuple<Tensor, Tensor> cpu_pack_w8(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Char, "an int8 matrix is needed");
   const Tensor weight = torch::stable::contiguous(given);
   const int64_t n = weight.size(0), k = weight.size(1), steps = round_up(k, 4) / 4;
-  Tensor packed = torch::stable::new_zeros(weight, {round_up(n, kPanel) * steps * 4});
+  Tensor packed = zeros_for_weight(weight, round_up(n, kPanel) * steps * 4, ScalarType::Char);
   Tensor correction = torch::stable::new_zeros(weight, {round_up(n, kPanel)}, ScalarType::Int);
   const int8_t* from = static_cast<const int8_t*>(weight.data_ptr());
   int8_t* to = static_cast<int8_t*>(packed.data_ptr());
   int32_t* corrections = static_cast<int32_t*>(correction.data_ptr());
-  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int8_t* panel = to + row / kPanel * steps * kPanel * 4 + row % kPanel * 4;
       for (int64_t column = 0; column < k; ++column) {
@@ -130,16 +139,17 @@ std::tuple<Tensor, Tensor> cpu_pack_w8(const Tensor& given) {
 
 // int8 (N, K) of -8..7 -> a flat int32 of panels, eight nibbles with 8 added in each.
 Tensor cpu_pack_w4(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Char, "an int8 matrix is needed");
   const Tensor weight = torch::stable::contiguous(given);
   const int64_t n = weight.size(0), k = weight.size(1), steps = round_up(k, 8) / 8;
-  Tensor packed = torch::stable::new_zeros(weight, {round_up(n, kPanel) * steps}, ScalarType::Int);
+  Tensor packed = zeros_for_weight(weight, round_up(n, kPanel) * steps, ScalarType::Int);
   const int8_t* from = static_cast<const int8_t*>(weight.data_ptr());
   uint32_t* to = static_cast<uint32_t*>(packed.data_ptr());
-  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       uint32_t* panel = to + row / kPanel * steps * kPanel + row % kPanel;
       for (int64_t column = 0; column < k; ++column) {
-        const uint32_t nibble = static_cast<uint32_t>(from[row * k + column] + 8);
+        const uint32_t nibble = static_cast<uint32_t>(from[row * k + column] + 8) & 15;
         panel[column / 8 * kPanel] |= nibble << nibble_shift(static_cast<int>(column % 8));
       }
     }
@@ -147,145 +157,315 @@ Tensor cpu_pack_w4(const Tensor& given) {
   return packed;
 }
 
+// Every activation scale: given, or the largest absolute value / 127, of a row or of all. Where there is a NaN the scale is NaN, so that the
+// results are too.
+struct InputScales {
+  bool per_token;
+  const float* given;
+
+  std::vector<float> operator()(const Kernels& kernels, const Tensor& x, int64_t m, int64_t k) const {
+    std::vector<float> scales(m);
+    const char* values = static_cast<const char*>(x.data_ptr());
+    const Type type = type_of(x);
+    parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      const auto row = room<float>(k);
+      for (int64_t i = begin; i < end; ++i) {
+        kernels.read(type, values + i * k * size_of(type), k, row.get());
+        scales[i] = kernels.absolute_maximum(row.get(), k);
+      }
+    });
+    if (!given && !per_token) std::fill(scales.begin(), scales.end(), kernels.absolute_maximum(scales.data(), m));
+    for (float& scale : scales) {
+      if (scale == scale) scale = given ? *given : scale == 0 ? 1.0f : scale / 127.0f;
+    }
+    return scales;
+  }
+};
+
+// Rows of x as integers, block by block: (steps, rows) of four int8 each, of which `order` says where in eight they come from.
+struct Integers {
+  std::unique_ptr<int32_t[]> values;
+  int64_t steps;
+  const int32_t* block(int64_t first_row) const { return values.get() + first_row * steps; }
+};
+
+template <class Four>
+Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, const std::vector<float>& scales, const Blocks& blocks,
+                     Four&& four) {
+  Integers integers{room<int32_t>(scales.size() * steps), steps};
+  const char* values = static_cast<const char*>(x.data_ptr());
+  const Type type = type_of(x);
+  parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+    const auto floats = room<float>(k);
+    std::vector<int8_t> row(steps * 4);
+    for (int64_t block = begin; block < end; ++block) {
+      const int rows = blocks.rows(block);
+      int32_t* to = integers.values.get() + blocks.first(block) * steps;
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = blocks.first(block) + r;
+        kernels.read(type, values + at * k * size_of(type), k, floats.get());
+        kernels.quantize(floats.get(), k, scales[at], row.data());
+        for (int64_t step = 0; step < steps; ++step) to[step * rows + r] = four(row.data(), step);
+      }
+    }
+  });
+  return integers;
+}
+
+// Calls work(panel, first block, last block) for all panels and blocks of rows, in parallel.
+template <class Work>
+void for_panels(int64_t panels, int64_t blocks, Work&& work) {
+  // Where there are hardly more panels than threads, each panel's rows are divided too, but not for a few rows: weights would be read twice.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = std::max<int64_t>(1, std::min(blocks / 8, (4 * threads + panels - 1) / panels));
+  parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) work(item / parts, item % parts * blocks / parts, (item % parts + 1) * blocks / parts);
+  });
+}
+
+// The part of the next panel that is fetched while `block`, the i-th of `count`, goes over this one of so many bytes.
+Ahead ahead_of(const char* panel, int64_t bytes, int64_t i, int64_t count) {
+  if (count == 1) return {nullptr, kOwn};
+  const int lines = count >= 4 ? 1 : 2;
+  if (i >= 4 / lines) return {nullptr, 0};
+  return {panel + bytes + i * lines * (bytes / 4), lines};
+}
+
+// A bias in float32, or null.
+std::unique_ptr<float[]> floats_of(const Kernels& kernels, const std::optional<Tensor>& given, int64_t count) {
+  if (!given) return nullptr;
+  STD_TORCH_CHECK(given->numel() == count && given->is_contiguous(), "the bias does not fit the weight");
+  auto floats = room<float>(count);
+  kernels.read(type_of(*given), given->data_ptr(), count, floats.get());
+  return floats;
+}
+
 // x (..., K) in float -> (..., N): y = (int(x) @ weight.T) * input scale * weight_scale + bias. `weight_scale` float32 (N,), `input_scale` float32
-// (1,) when it is static, `bias` float32 (N,).
-Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correction, const Tensor& weight_scale, bool per_token, const std::optional<Tensor>& input_scale,
-                const std::optional<Tensor>& bias) {
+// (1,) when it is static, `bias` (N,) in float.
+Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correction, const Tensor& weight_scale, bool per_token,
+                const std::optional<Tensor>& input_scale, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
   const int64_t k = x.sizes().back(), m = rows_of(x), n = weight_scale.numel(), steps = round_up(k, 4) / 4;
-  STD_TORCH_CHECK(packed.numel() == round_up(n, kPanel) * steps * 4, "the packed weight does not fit x and the scales");
+  STD_TORCH_CHECK(packed.numel() == round_up(n, kPanel) * steps * 4 && correction.numel() == round_up(n, kPanel),
+                  "the packed weight does not fit x and the scales");
+  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && (!input_scale || input_scale->scalar_type() == ScalarType::Float),
+                  "float32 scales are needed");
+  const Type type = type_of(x);
+  const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
-  const Blocks blocks(m, kernels.rows);
-  std::vector<float> scales(m);
-  std::vector<int32_t> integers(m * steps);
 
-  with_floats(x, [&](const auto* values) {
-    if (input_scale) {
-      std::fill(scales.begin(), scales.end(), *static_cast<const float*>(input_scale->data_ptr()));
-    } else {
-      torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) scales[row] = absolute_maximum(values + row * k, k);
-      });
-      if (!per_token) {
-        const float largest = absolute_maximum(scales.data(), m);
-        std::fill(scales.begin(), scales.end(), largest);
-      }
-      for (float& scale : scales) scale = scale_of(scale);
-    }
-    torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int8_t> row(steps * 4);
-      const int32_t shift = kernels.unsigned_x ? static_cast<int32_t>(0x80808080) : 0;  // flipping the sign bit adds 128
-      for (int64_t block = begin; block < end; ++block) {
-        const int rows = blocks.rows(block);
-        int32_t* to = integers.data() + blocks.first(block) * steps;
-        for (int r = 0; r < rows; ++r) {
-          const auto* from = values + (blocks.first(block) + r) * k;
-          const float scale = scales[blocks.first(block) + r];
-          for (int64_t i = 0; i < k; ++i) row[i] = to_int8(static_cast<float>(from[i]) / scale);
-          for (int64_t step = 0; step < steps; ++step) {
-            int32_t four;
-            __builtin_memcpy(&four, row.data() + step * 4, 4);
-            to[step * rows + r] = four ^ shift;
-          }
-        }
-      }
-    });
+  const Blocks blocks(m, kernels.rows);
+  const auto scales = InputScales{per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr}(kernels, x, m, k);
+  const int32_t flip = kernels.unsigned_x ? static_cast<int32_t>(0x80808080) : 0;  // of the sign bits: adds 128
+  const Integers integers = integers_of(kernels, x, k, steps, scales, blocks, [flip](const int8_t* row, int64_t step) {
+    int32_t four;
+    std::memcpy(&four, row + step * 4, 4);
+    return four ^ flip;
   });
 
   const int8_t* weight = static_cast<const int8_t*>(packed.data_ptr());
   const int32_t* corrections = static_cast<const int32_t*>(correction.data_ptr());
   const float* of_channel = static_cast<const float*>(weight_scale.data_ptr());
-  const float* offset = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
-  with_floats(y, [&](auto* out) {
-    using Out = std::remove_pointer_t<decltype(out)>;
-    torch::stable::parallel_for(0, round_up(n, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float sums[8 * kPanel];
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first);
-        for (int64_t block = 0; block < blocks.count; ++block) {
-          const int64_t top = blocks.first(block);
-          kernels.w8(blocks.rows(block), {integers.data() + top * steps, steps, weight + panel * steps * kPanel * 4, corrections + first, sums});
-          for (int r = 0; r < blocks.rows(block); ++r) {
-            Out* to = out + (top + r) * n + first;
-            for (int64_t c = 0; c < channels; ++c) {
-              const float value = sums[r * kPanel + c] * scales[top + r] * of_channel[first + c];
-              to[c] = static_cast<Out>(offset ? value + offset[first + c] : value);
-            }
-          }
-        }
+  char* out = static_cast<char*>(y.data_ptr());
+  for_panels(round_up(n, kPanel) / kPanel, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
+    alignas(64) float sums[kMostRows * kPanel];
+    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = steps * kPanel * 4;
+    const int8_t* of_panel = weight + panel * bytes;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t top = blocks.first(block);
+      kernels.w8(blocks.rows(block), {integers.block(top), steps, of_panel, corrections + first,
+                                      ahead_of(reinterpret_cast<const char*>(of_panel), bytes, block - begin, end - begin), sums});
+      for (int r = 0; r < blocks.rows(block); ++r) {
+        kernels.write(type, sums + r * kPanel, channels, scales[top + r], of_channel + first, offset ? offset.get() + first : nullptr,
+                      out + ((top + r) * n + first) * size_of(type));
       }
-    });
+    }
   });
   return y;
 }
 
+// What the products with 4-bit weights share: the weight, its checks, and the loop over panels.
+struct Weight4 {
+  const Kernels& kernels;
+  int64_t k, n, panels, groups, steps;
+  W4Tile tile;
+
+  Weight4(const Kernels& kernels, const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n)
+      : kernels(kernels), k(x.sizes().back()), n(n), panels(round_up(n, kPanel) / kPanel), groups(scale.dim() == 3 ? scale.size(1) : 0) {
+    STD_TORCH_CHECK(groups > 0 && k % (groups * 8) == 0 && k / groups <= 128 && packed.numel() == panels * kPanel * k / 8 &&
+                        scale.size(0) == panels && (!zero_point || zero_point->numel() == scale.numel()),
+                    "the packed weight does not fit x and the scales");
+    steps = k / groups / 8;
+    tile = {nullptr, 0, nullptr, groups, steps, nullptr, type_of(scale), scale.data_ptr(), nullptr, {nullptr, 0}, nullptr};
+    tile.weight = static_cast<const uint32_t*>(packed.data_ptr());
+    tile.zero_point = zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr;
+  }
+
+  W4Tile of_panel(int64_t panel) const {
+    W4Tile t = tile;
+    const int64_t scales = panel * groups * kPanel;
+    t.weight += panel * kPanel * (k / 8);
+    t.scale = static_cast<const char*>(t.scale) + scales * size_of(t.scale_type);
+    if (t.zero_point) t.zero_point += scales;
+    return t;
+  }
+};
+
+// From this many rows on, weights are decoded once for all blocks of rows.
+constexpr int64_t kManyRows = 16;
+
 // x (..., K) in float -> (..., N): y = x @ ((nibble - 8 - zero_point) * scale).T + bias. `scale` in any float dtype and `zero_point` int8 are
-// (panels, groups, 64).
+// (panels, groups, 64), `bias` (N,) in float.
 Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point,
                  const std::optional<Tensor>& bias, int64_t n) {
+  STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
-  const int64_t k = x.sizes().back(), m = rows_of(x), panels = round_up(n, kPanel) / kPanel, groups = scale.size(1);
-  STD_TORCH_CHECK(groups > 0 && k % (groups * 8) == 0 && packed.numel() == panels * kPanel * k / 8 && scale.size(0) == panels,
-                  "the packed weight does not fit x and the scales");
+  const Weight4 weight(kernels, x, packed, scale, zero_point, n);
+  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, group_size = k / groups;
+  const Type type = type_of(x);
+  const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
-  const Blocks blocks(m, kernels.rows);
-  const int64_t group_size = k / groups;
-  std::vector<float> floats(m * k), sums(m * groups);
 
-  with_floats(x, [&](const auto* values) {
-    torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int rows = blocks.rows(block);
-        const int64_t top = blocks.first(block);
-        for (int r = 0; r < rows; ++r) {
-          const auto* from = values + (top + r) * k;
-          float* to = floats.data() + top * k + r;
-          for (int64_t group = 0; group < groups; ++group) {
-            float sum = 0;
-            for (int64_t i = group * group_size; i < (group + 1) * group_size; ++i) sum += to[i * rows] = static_cast<float>(from[i]);
-            sums[top * groups + group * rows + r] = sum;
-          }
+  const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16;
+  const Blocks blocks(m, kernels.rows);
+  const int64_t of_row = pairs ? k / 2 : k, of_group = of_row / groups;  // 32-bit numbers
+  const auto prepared = room<int32_t>(m * of_row);  // (groups, blocks, channels of a group, rows of a block): many blocks are read group by group
+  const auto sums = room<float>(m * groups);
+  const char* values = static_cast<const char*>(x.data_ptr());
+  parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+    const auto row = room<float>(k);
+    for (int64_t block = begin; block < end; ++block) {
+      const int rows = blocks.rows(block);
+      const int64_t top = blocks.first(block);
+      for (int r = 0; r < rows; ++r) {
+        const char* from = values + (top + r) * k * size_of(type);
+        kernels.read(type, from, k, row.get());
+        const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
+        for (int64_t group = 0; group < groups; ++group) {
+          int32_t* to = prepared.get() + (group * m + top) * of_group + r;
+          for (int64_t i = 0; i < of_group; ++i) std::memcpy(to + i * rows, numbers + (group * of_group + i) * 4, 4);
+          float sum = 0;
+          for (int64_t i = group * group_size; i < (group + 1) * group_size; ++i) sum += row[i];
+          sums[top * groups + group * rows + r] = sum;
         }
       }
-    });
+    }
   });
 
-  const uint32_t* weight = static_cast<const uint32_t*>(packed.data_ptr());
-  const int8_t* zeros = zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr;
-  const float* offset = bias ? static_cast<const float*>(bias->data_ptr()) : nullptr;
-  with_floats(y, [&](auto* out) {
-    using Out = std::remove_pointer_t<decltype(out)>;
-    with_floats(scale, [&](const auto* scales) {
-      torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-        alignas(64) float result[8 * kPanel];
-        std::vector<float> of_group(groups * kPanel), zero(groups * kPanel, 8.0f);
-        for (int64_t panel = begin; panel < end; ++panel) {
-          const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first);
-          for (int64_t i = 0; i < groups * kPanel; ++i) of_group[i] = static_cast<float>(scales[panel * groups * kPanel + i]);
-          if (zeros) {
-            for (int64_t i = 0; i < groups * kPanel; ++i) zero[i] = static_cast<float>(zeros[panel * groups * kPanel + i] + 8);
-          }
-          for (int64_t block = 0; block < blocks.count; ++block) {
-            const int64_t top = blocks.first(block);
-            kernels.w4(blocks.rows(block), {floats.data() + top * k, sums.data() + top * groups, groups, group_size / 8,
-                                            weight + panel * kPanel * (k / 8), of_group.data(), zero.data(), result});
-            for (int r = 0; r < blocks.rows(block); ++r) {
-              Out* to = out + (top + r) * n + first;
-              for (int64_t c = 0; c < channels; ++c) {
-                const float value = result[r * kPanel + c];
-                to[c] = static_cast<Out>(offset ? value + offset[first + c] : value);
-              }
-            }
-          }
-        }
-      });
-    });
+  char* out = static_cast<char*>(y.data_ptr());
+  for_panels(weight.panels, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
+    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = k / 8 * kPanel * 4;
+    const int64_t top = blocks.first(begin), rows = blocks.first(end) - top;
+    const auto result = room<float>(rows * kPanel);
+    W4Tile t = weight.of_panel(panel);
+    t.x_stride = m * of_group;
+    if (rows >= kManyRows) {
+      std::vector<W4Block> parts;
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t at = blocks.first(block);
+        parts.push_back({prepared.get() + at * of_group, sums.get() + at * groups, result.get() + (at - top) * kPanel, blocks.rows(block)});
+      }
+      (pairs ? kernels.w4_bfloat16_blocks : kernels.w4_blocks)(parts.size(), parts.data(), t);
+    } else {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t at = blocks.first(block);
+        t.x = prepared.get() + at * of_group;
+        t.sums = sums.get() + at * groups;
+        t.ahead = ahead_of(reinterpret_cast<const char*>(t.weight), bytes, block - begin, end - begin);
+        t.y = result.get() + (at - top) * kPanel;
+        (pairs ? kernels.w4_bfloat16 : kernels.w4)(blocks.rows(block), t);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels.write(type, result.get() + r * kPanel, channels, 1.0f, nullptr, offset ? offset.get() + first : nullptr,
+                    out + ((top + r) * n + first) * size_of(type));
+    }
   });
   return y;
+}
+
+// As cpu_w4a16, with each row of x rounded to 8 bits.
+Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                const std::optional<Tensor>& bias, int64_t n) {
+  STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
+  const Tensor x = torch::stable::contiguous(given);
+  const Kernels& kernels = *chosen;
+  const Weight4 weight(kernels, x, packed, scale, zero_point, n);
+  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, steps = k / 4, steps_of_group = steps / groups;
+  const Type type = type_of(x);
+  const auto offset = floats_of(kernels, bias, n);
+  Tensor y = result_for(x, n);
+  if (m == 0 || n == 0) return y;
+
+  const Blocks blocks(m, kernels.rows);
+  const auto scales = InputScales{true, nullptr}(kernels, x, m, k);
+  const Integers integers = integers_of(kernels, x, k, steps, scales, blocks, [](const int8_t* row, int64_t step) {
+    int8_t four[4];
+    for (int i = 0; i < 4; ++i) four[i] = row[step / 2 * 8 + kByteOrder[step % 2 * 4 + i]];
+    int32_t together;
+    std::memcpy(&together, four, 4);
+    return together;
+  });
+  const auto sums = room<float>(m * groups);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const int rows = blocks.rows(block);
+    const int8_t* of_block = reinterpret_cast<const int8_t*>(integers.block(blocks.first(block)));
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int r = 0; r < rows; ++r) {
+        int32_t sum = 0;
+        for (int64_t step = group * steps_of_group; step < (group + 1) * steps_of_group; ++step) {
+          for (int i = 0; i < 4; ++i) sum += of_block[(step * rows + r) * 4 + i];
+        }
+        sums[blocks.first(block) * groups + group * rows + r] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  char* out = static_cast<char*>(y.data_ptr());
+  for_panels(weight.panels, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
+    alignas(64) float result[kMostRows * kPanel];
+    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = k / 8 * kPanel * 4;
+    W4Tile t = weight.of_panel(panel);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t top = blocks.first(block);
+      t.x = integers.block(top);
+      t.x_stride = steps_of_group * blocks.rows(block);
+      t.sums = sums.get() + top * groups;
+      t.ahead = ahead_of(reinterpret_cast<const char*>(t.weight), bytes, block - begin, end - begin);
+      t.y = result;
+      kernels.w4a8(blocks.rows(block), t);
+      for (int r = 0; r < blocks.rows(block); ++r) {
+        kernels.write(type, result + r * kPanel, channels, scales[top + r], nullptr, offset ? offset.get() + first : nullptr,
+                      out + ((top + r) * n + first) * size_of(type));
+      }
+    }
+  });
+  return y;
+}
+
+// Reads all of a tensor, with torch's threads: the result says nothing.
+int64_t cpu_read(const Tensor& from) {
+  const int64_t bytes = from.numel() * from.element_size(), chunk = 1 << 20;
+  const char* p = static_cast<const char*>(from.data_ptr());
+  const int64_t chunks = bytes / chunk;
+  std::vector<int64_t> found(chunks);
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    found[begin] = chosen->read_memory(p + begin * chunk, (end - begin) * chunk);
+  });
+  int64_t sum = 0;
+  for (int64_t value : found) sum ^= value;
+  return sum;
+}
+
+// How many operations the fastest instructions of one thread have done, each product and each sum one; 0 where there are none.
+int64_t cpu_peak(std::string what, int64_t iterations) {
+  const auto peak = what == "int8" ? chosen->peak_int8 : what == "float32" ? chosen->peak_float32 : chosen->peak_bfloat16;
+  return peak ? peak(iterations) : 0;
 }
 
 }  // namespace
@@ -293,17 +473,25 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
   m.def("cpu_level(int level) -> int");
+  m.def("cpu_read(Tensor tensor) -> int");
+  m.def("cpu_peak(str what, int iterations) -> int");
   m.def("cpu_pack_w8(Tensor weight) -> (Tensor, Tensor)");
   m.def("cpu_pack_w4(Tensor weight) -> Tensor");
   m.def("cpu_w8a8(Tensor x, Tensor weight, Tensor correction, Tensor weight_scale, bool per_token, Tensor? input_scale, Tensor? bias) -> Tensor");
   m.def("cpu_w4a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
+  m.def("cpu_w4a8(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&sqplus::cpu_level)); }
+STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&sqplus::cpu_level));
+  m.impl("cpu_peak", TORCH_BOX(&sqplus::cpu_peak));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CPU, m) {
+  m.impl("cpu_read", TORCH_BOX(&sqplus::cpu_read));
   m.impl("cpu_pack_w8", TORCH_BOX(&sqplus::cpu_pack_w8));
   m.impl("cpu_pack_w4", TORCH_BOX(&sqplus::cpu_pack_w4));
   m.impl("cpu_w8a8", TORCH_BOX(&sqplus::cpu_w8a8));
   m.impl("cpu_w4a16", TORCH_BOX(&sqplus::cpu_w4a16));
+  m.impl("cpu_w4a8", TORCH_BOX(&sqplus::cpu_w4a8));
 }

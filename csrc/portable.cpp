@@ -6,8 +6,9 @@ namespace {
 
 struct Portable {
   static constexpr int width = 8;
-  static constexpr bool unsigned_x = false;
+  static constexpr int rows = 2;
   static constexpr int accumulators = 8;
+  static constexpr bool unsigned_x = false;
   struct Float {
     float v[8];
   };
@@ -15,34 +16,47 @@ struct Portable {
     int32_t v[8];
   };
 
-  template <class F>
-  static SQPLUS_INLINE Float each(F&& f) {
-    Float out;
+  template <class Out = Float, class F>
+  static SQPLUS_INLINE Out each(F&& f) {
+    Out out;
     for (int i = 0; i < 8; ++i) out.v[i] = f(i);
     return out;
   }
 
-  static SQPLUS_INLINE Float zero() { return {}; }
   static SQPLUS_INLINE Int zero_int() { return {}; }
-  static SQPLUS_INLINE Float load(const float* p) {
-    return each([&](int i) { return p[i]; });
+  static SQPLUS_INLINE Int broadcast_int(int32_t x) {
+    return each<Int>([&](int) { return x; });
   }
   static SQPLUS_INLINE Int load_int(const void* p) {
     Int out;
     __builtin_memcpy(out.v, p, sizeof out.v);
     return out;
   }
-  static SQPLUS_INLINE void store(float* p, const Float& v) { __builtin_memcpy(p, v.v, sizeof v.v); }
-  static SQPLUS_INLINE Float broadcast(const float* p) {
-    return each([&](int) { return *p; });
+  static SQPLUS_INLINE Int add_int(const Int& a, const Int& b) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
   }
-  static SQPLUS_INLINE Int broadcast4(int32_t v) {
-    Int out;
-    for (int i = 0; i < 8; ++i) out.v[i] = v;
-    return out;
+  static SQPLUS_INLINE Float to_float(const Int& a) {
+    return each([&](int i) { return static_cast<float>(a.v[i]); });
   }
-  static SQPLUS_INLINE Float to_float(const Int& v) {
-    return each([&](int i) { return static_cast<float>(v.v[i]); });
+
+  static SQPLUS_INLINE Float broadcast(float x) {
+    return each([&](int) { return x; });
+  }
+  static SQPLUS_INLINE Float load(const float* p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static SQPLUS_INLINE Float load_bfloat16(const uint16_t* p) {
+    return each([&](int i) { return from_bfloat16(p[i]); });
+  }
+  static SQPLUS_INLINE Float load_half(const uint16_t* p) {
+    return each([&](int i) { return from_half(p[i]); });
+  }
+  static SQPLUS_INLINE Float load_int8(const int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+  static SQPLUS_INLINE void store(float* p, const Float& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+  static SQPLUS_INLINE Float add(const Float& a, const Float& b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
   }
   static SQPLUS_INLINE Float fma(const Float& a, const Float& b, const Float& c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -50,7 +64,6 @@ struct Portable {
   static SQPLUS_INLINE Float fnma(const Float& a, const Float& b, const Float& c) {
     return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; });
   }
-  static SQPLUS_INLINE void prefetch(const void*) {}
 
   static SQPLUS_INLINE Int dot4(Int sum, const Int& x, const Int& w) {
     for (int i = 0; i < 8; ++i) {
@@ -61,15 +74,32 @@ struct Portable {
     }
     return sum;
   }
-
+  static SQPLUS_INLINE Int low_nibbles(const Int& packed) {
+    return each<Int>([&](int i) { return packed.v[i] & 0x0f0f0f0f; });
+  }
+  static SQPLUS_INLINE Int high_nibbles(const Int& packed) {
+    return each<Int>([&](int i) { return (packed.v[i] >> 4) & 0x0f0f0f0f; });
+  }
+  static SQPLUS_INLINE Int dot8(const Int& sum, const Int& low, const Int& x, const Int& high, const Int& y) {
+    return dot4(dot4(sum, x, low), y, high);
+  }
   template <int shift>
   static SQPLUS_INLINE Float nibble(const Int& packed) {
     return each([&](int i) { return static_cast<float>((static_cast<uint32_t>(packed.v[i]) >> shift) & 15); });
+  }
+
+  template <bool soon>
+  static SQPLUS_INLINE void prefetch(const void* p) {
+    __builtin_prefetch(p, 0, soon ? 3 : 2);
+  }
+  template <class T>
+  static SQPLUS_INLINE void touch(T& a) {
+    asm volatile("" : "+m"(a));
   }
 };
 
 }  // namespace
 
-const Kernels kPortable = {"portable", 2, false, w8<Portable>, w4<Portable>};
+constexpr Kernels kPortable = kernels_of<Portable>("portable");
 
 }  // namespace sqplus

@@ -1,0 +1,106 @@
+// Passes over rows of activations and results: plain loops that the compiler vectorizes for the instruction set of the file that includes this.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace sqplus {
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// Without branches, so that loops over it are vectorized. The exponent is corrected by a product, which is exact for denormals too.
+inline float from_half(uint16_t x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
+  const uint32_t finite = as_bits(as_float(magnitude) * as_float(0x77800000));  // 2^112
+  const uint32_t special = magnitude | 0x7f800000;
+  return as_float((magnitude >= 0x0f800000 ? special : finite) | static_cast<uint32_t>(x & 0x8000) << 16);
+}
+
+// Ties to even in every range: adding a constant of the right size lets the hardware round denormals.
+inline uint16_t to_half(float value) {
+  const uint32_t bits = as_bits(value), sign = bits & 0x80000000, magnitude = bits ^ sign;
+  const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t half = magnitude >= 0x47800000 ? special : magnitude < 0x38800000 ? denormal : normal;
+  return static_cast<uint16_t>(half | sign >> 16);
+}
+
+void read_row(Type type, const void* x, int64_t count, float* to) {
+  const uint16_t* bits = static_cast<const uint16_t*>(x);
+  switch (type) {
+    case Type::kFloat: std::memcpy(to, x, count * sizeof(float)); return;
+    case Type::kBFloat16:
+      for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat16(bits[i]);
+      return;
+    case Type::kHalf:
+      for (int64_t i = 0; i < count; ++i) to[i] = from_half(bits[i]);
+      return;
+  }
+}
+
+// As integers: the order of magnitudes is that of their bits, and NaN is above infinity.
+float absolute_maximum_of(const float* x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t magnitude = static_cast<int32_t>(as_bits(x[i]) & 0x7fffffff);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return as_float(static_cast<uint32_t>(largest));
+}
+
+// Rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes -128.
+void quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = x[i] / scale;
+    const float above = value > -128.0f ? value : -128.0f;
+    const float bounded = above < 127.0f ? above : 127.0f;
+    to[i] = static_cast<int8_t>(static_cast<int32_t>((bounded + 12582912.0f) - 12582912.0f));
+  }
+}
+
+void write_row(Type type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to) {
+  alignas(64) float values[kPanel];
+  for (int64_t i = 0; i < count; ++i) values[i] = y[i] * row_scale;
+  if (scale) {
+    for (int64_t i = 0; i < count; ++i) values[i] *= scale[i];
+  }
+  if (bias) {
+    for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
+  }
+  uint16_t* bits = static_cast<uint16_t*>(to);
+  switch (type) {
+    case Type::kFloat: std::memcpy(to, values, count * sizeof(float)); return;
+    case Type::kBFloat16:
+      for (int64_t i = 0; i < count; ++i) bits[i] = to_bfloat16(values[i]);
+      return;
+    case Type::kHalf:
+      for (int64_t i = 0; i < count; ++i) bits[i] = to_half(values[i]);
+      return;
+  }
+}
+
+}  // namespace
+}  // namespace sqplus
