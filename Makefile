@@ -1,11 +1,11 @@
-# make setup | demo | test | check | bench      (PYTHON=python3.12 and TORCH=... choose others)
+# make setup | demo | test | check | bench | sanitize | emulate      (PYTHON=python3.12 and TORCH=... choose others)
 PYTHON ?= python3
 # PyTorch first and by itself: everything else accepts the one that is there. For NVIDIA GPUs: see README.md.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup dev demo test check bench clean
+.PHONY: setup dev demo test check bench sanitize emulate clean
 
 setup: .venv/setup
 dev: .venv/dev
@@ -21,10 +21,21 @@ check: dev
 bench: setup
 	$(BIN)/python tools/bench_accuracy.py
 	$(BIN)/python tools/bench_memory.py 1b --work .bench
+# The kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, and on one where functions stand for AVX-512.
+KERNEL_TESTS := tests/runtime/test_cpu.py tests/runtime/test_kernels.py
+sanitize: dev
+	$(call build_kernels,build/sanitize,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		SQPLUS_LIBRARY=build/sanitize/smoothquant_plus/_cpu.abi3.so $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+emulate: dev
+	$(call build_kernels,build/emulate,-DSQPLUS_EMULATE -Wno-psabi)
+	SQPLUS_LIBRARY=build/emulate/smoothquant_plus/_cpu.abi3.so $(BIN)/python -m pytest $(KERNEL_TESTS)
+comma := ,
+build_kernels = SQPLUS_CXXFLAGS="$(2)" $(BIN)/python setup.py --quiet build_ext --build-lib $(1) --build-temp $(1)
 clean:
-	rm -rf .venv .bench build
+	rm -rf .venv .bench build src/smoothquant_plus/*.so
 
-.venv/setup: pyproject.toml
+.venv/setup: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77"

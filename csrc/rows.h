@@ -48,7 +48,7 @@ inline uint16_t to_half(float value) {
   return static_cast<uint16_t>(half | sign >> 16);
 }
 
-void read_row(Type type, const void* x, int64_t count, float* to) {
+inline void read_row(Type type, const void* x, int64_t count, float* to) {
   const uint16_t* bits = static_cast<const uint16_t*>(x);
   switch (type) {
     case Type::kFloat: std::memcpy(to, x, count * sizeof(float)); return;
@@ -62,7 +62,7 @@ void read_row(Type type, const void* x, int64_t count, float* to) {
 }
 
 // As integers: the order of magnitudes is that of their bits, and NaN is above infinity.
-float absolute_maximum_of(const float* x, int64_t count) {
+inline float absolute_maximum_of(const float* x, int64_t count) {
   int32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t magnitude = static_cast<int32_t>(as_bits(x[i]) & 0x7fffffff);
@@ -72,7 +72,7 @@ float absolute_maximum_of(const float* x, int64_t count) {
 }
 
 // Rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes -128.
-void quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
+inline void quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
   for (int64_t i = 0; i < count; ++i) {
     const float value = x[i] / scale;
     const float above = value > -128.0f ? value : -128.0f;
@@ -81,7 +81,7 @@ void quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
   }
 }
 
-void write_row(Type type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to) {
+inline void write_row(Type type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to) {
   alignas(64) float values[kPanel];
   for (int64_t i = 0; i < count; ++i) values[i] = y[i] * row_scale;
   if (scale) {

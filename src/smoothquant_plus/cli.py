@@ -44,7 +44,10 @@ LmHead = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")]
-Backend = Annotated[str | None, typer.Option(help="reference or torch; by default the best that supports each layer.")]
+Backend = Annotated[str | None, typer.Option(help="cpu, torch or reference; by default the first of them that supports each layer.")]
+Arithmetic = Annotated[
+    str | None, typer.Option(help="w4a8: activations of w4a16 layers in 8 bits per token too; faster, less accurate. Default: as they are.")
+]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -270,12 +273,14 @@ def eval_(
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = None,
+    arithmetic: Arithmetic = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity on text."""
     from smoothquant_plus.evaluation.perplexity import evaluate as run
 
-    result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, device=device, dtype=parse_dtype(dtype), backend=backend)
+    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic}
+    result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, **how)
     show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
 
 
@@ -287,12 +292,14 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = None,
+    arithmetic: Arithmetic = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
     from smoothquant_plus.runtime.generate import generate as run
 
-    text = run(model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=parse_dtype(dtype), backend=backend)
+    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic}
+    text = run(model, prompt, max_new_tokens=max_new_tokens, **how)
     show({"prompt": prompt, "text": text}, as_json, lambda: out.print(prompt + text, markup=False))
 
 
@@ -347,7 +354,7 @@ def demo(
 
 @functools.partial(command, group=bench)
 def linear(
-    scheme: Annotated[str | None, typer.Option(help="w8a8 or w4a16; by default both.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a16 or w4a8 (w4a16 with activations in 8 bits, too); by default all.")] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: Llama 7B, 13B and 70B, and 2048x2048."),

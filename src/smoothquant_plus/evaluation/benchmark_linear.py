@@ -17,7 +17,7 @@ from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
 from smoothquant_plus.evaluation.peers import PEERS, Product, Weights
 from smoothquant_plus.evaluation.timing import Table, seconds_of, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
-from smoothquant_plus.method.scheme import SCHEMES, Scheme, find_scheme
+from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
 from smoothquant_plus.models.blocks import check_device
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.kernels import BACKENDS
@@ -38,6 +38,9 @@ ROUNDS, SECONDS = 25, 2.0
 STREAM_BYTES = 96 << 20
 # Gaussian weights in 4 bits and groups of 128 give 0.10; what is further off is not this product.
 LARGEST_ERROR = 0.25
+
+# Not a scheme of checkpoints, but another way to multiply with w4a16's weights; measured as if it were one.
+W4A8 = "w4a8"
 
 NOT_INSTALLED = "not installed: "
 
@@ -99,13 +102,15 @@ def bench_linear(
     number_of_threads: int | None = None,
     device: str = "cpu",
 ) -> LinearBenchmark:
-    """Time `scheme` (default: all) for weights of `shapes`, 'NxK' each, and batches of `tokens`, numbers with commas between.
+    """Time `scheme` (a row of SCHEMES, or 'w4a8'; default: all) for weights of `shapes`, 'NxK' each, and batches of `tokens`,
+    numbers with commas between.
 
     All candidates of a shape and a batch take turns in this process, each call after a stream over STREAM_BYTES; the times are medians.
     A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. The limits are measured again before each shape,
     and the best counts. Raises InputError for options that cannot be used, before anything is timed.
     """
-    schemes = list(SCHEMES.values()) if scheme is None else [find_scheme(scheme)]
+    integers = with_arithmetic(find_scheme("w4a16"), W4A8)
+    schemes = [*SCHEMES.values(), integers] if scheme is None else [integers if scheme == W4A8 else find_scheme(scheme)]
     sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes))
     batches = read_tokens(tokens)
     place = torch.device(check_device(device))
@@ -165,7 +170,11 @@ def read_tokens(text: str) -> list[int]:
 def random_weights(n: int, k: int, schemes: Sequence[Scheme], device: torch.device) -> Weights:
     """A weight of normal numbers, quantized by each scheme; scales of groups in bfloat16, as a bfloat16 checkpoint has them."""
     floats = torch.randn(n, k, dtype=torch.bfloat16, device=device)
-    return Weights(floats, {scheme.name: quantize_weight(floats, scheme.weights, scale_dtype(scheme)) for scheme in schemes})
+    made: dict[Quant, QuantizedWeight] = {}  # w4a16 and w4a8 share theirs
+    for scheme in schemes:
+        if scheme.weights not in made:
+            made[scheme.weights] = quantize_weight(floats, scheme.weights, scale_dtype(scheme))
+    return Weights(floats, {scheme.name: made[scheme.weights] for scheme in schemes})
 
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:

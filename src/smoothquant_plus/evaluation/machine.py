@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import platform
 import time
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.evaluation.timing import seconds_of, turns
+from smoothquant_plus.runtime.kernels import cpu
 
 READ_BYTES = 256 << 20  # more than the caches hold
 TRIES, SECONDS = 5, 0.5  # of each call; the best counts: nothing makes a machine faster than it is
@@ -92,11 +92,7 @@ def cpu_name() -> str:
 
 def extension() -> Any:
     """The module of the package's own CPU kernels, or None where they are not built."""
-    try:
-        kernels = importlib.import_module("smoothquant_plus.runtime.kernels.cpu")
-    except ModuleNotFoundError:
-        return None
-    return kernels if kernels.missing() is None else None
+    return cpu if cpu.missing() is None else None
 
 
 def _peak_of_one_thread(what: str) -> float:

@@ -118,7 +118,11 @@ def onnxruntime_int8(weights: Weights) -> Product:
         helper.make_node("Mul", ["floats", "scales"], ["y"]),
     ]
     constants = {"weight": weight.values.t().contiguous(), "weight_scale": weight.scale.reshape(-1)}
-    return _onnx(nodes, [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants.items()], weight)
+    return _onnx(
+        nodes,
+        [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants.items()],
+        (len(weight.values), weight.values.shape[1]),
+    )
 
 
 def onnxruntime_int4(accuracy_level: int) -> Callable[[Weights], Product]:
@@ -136,17 +140,17 @@ def onnxruntime_int4(accuracy_level: int) -> Callable[[Weights], Product]:
         constants = {"weight": pack_int4(values).reshape(channels, groups, -1), "scale": scale.float().reshape(-1)}
         constants["zero"] = pack_int4(zero_point).reshape(-1)
         tensors = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants.items()]
-        return _onnx([node], tensors, weights.quantized["w4a16"])
+        return _onnx([node], tensors, (len(values), values.shape[1]))
 
     return build
 
 
-def _onnx(nodes: list[Any], constants: list[Any], weight: QuantizedWeight) -> Product:
-    """The model of these nodes, from x float32 (M, K) to y float32 (M, N)."""
+def _onnx(nodes: list[Any], constants: list[Any], shape: tuple[int, int]) -> Product:
+    """The model of these nodes, with a weight of `shape` (N, K), from x float32 (M, K) to y float32 (M, N)."""
     import onnxruntime
     from onnx import TensorProto, helper
 
-    channels, columns = weight.values.shape
+    channels, columns = shape
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", size]) for name, size in (("x", columns), ("y", channels))]
     graph = helper.make_graph(nodes, "linear", ends[:1], ends[1:], constants)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
@@ -170,7 +174,7 @@ def openvino_int8(weights: Weights) -> Product:
 
     weight = weights.quantized["w8a8"]
     integers = ops.convert(ops.constant(weight.values.numpy()), "f16")
-    return _openvino(ops.multiply(integers, ops.constant(weight.scale.half().numpy())), weight)
+    return _openvino(ops.multiply(integers, ops.constant(weight.scale.half().numpy())), (len(weight.values), weight.values.shape[1]))
 
 
 def openvino_int4(weights: Weights) -> Product:
@@ -189,16 +193,17 @@ def openvino_int4(weights: Weights) -> Product:
     shifted = ops.subtract(unsigned(values, shape), unsigned(zero_point, [*shape[:2], 1]))
     scaled = ops.multiply(shifted, ops.constant(scale.half()[..., None].numpy()))
     flat = ops.reshape(scaled, ops.constant([shape[0], shape[1] * shape[2]]), False)
-    return _openvino(flat, weights.quantized["w4a16"])
+    return _openvino(flat, (len(values), values.shape[1]))
 
 
-def _openvino(weight_node: Any, weight: QuantizedWeight) -> Product:
-    """The model that multiplies with `weight_node`, float16 (N, K), from x float32 (M, K) to y float32 (M, N). Its CPU plugin sees integers
-    behind the node; where it has kernels for that it quantizes the activations to int8, in groups, and elsewhere uses them as they are."""
+def _openvino(weight_node: Any, shape: tuple[int, int]) -> Product:
+    """The model that multiplies with `weight_node`, float16 of `shape` (N, K), from x float32 (M, K) to y float32 (M, N). Its CPU plugin
+    sees integers behind the node; where it has kernels for that it quantizes the activations to int8, in groups, and elsewhere uses them as
+    they are."""
     import openvino
     import openvino.opset13 as ops
 
-    channels, columns = weight.values.shape
+    channels, columns = shape
     x = ops.parameter([-1, columns], openvino.Type.f32)
     model = openvino.Model([ops.matmul(x, ops.convert(weight_node, "f32"), False, True)], [x])
     settings = {
@@ -225,7 +230,7 @@ def _openvino(weight_node: Any, weight: QuantizedWeight) -> Product:
 
 def _four_bits(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Values int8 (N, K), scales bfloat16 (N, groups) and zero points int8 (N, groups)."""
-    weight = weights.quantized["w4a16"]
+    weight = weights.quantized.get("w4a16") or weights.quantized["w4a8"]  # the same
     assert weight.zero_point is not None
     return weight.values, weight.scale, weight.zero_point
 
@@ -241,6 +246,7 @@ PEERS: dict[str, Peer] = {
     "openvino i8": Peer("w8a8", "int8", ("openvino",), ("cpu",), openvino_int8),
     "torch int4pack": Peer("w4a16", "float", (), ("cpu",), torch_int4pack),
     "onnxruntime level 0": Peer("w4a16", "float", ("onnxruntime", "onnx"), ("cpu",), onnxruntime_int4(0)),
-    "onnxruntime level 4": Peer("w4a16", "int8", ("onnxruntime", "onnx"), ("cpu",), onnxruntime_int4(4)),
-    "openvino u4": Peer("w4a16", "int8", ("openvino",), ("cpu",), openvino_int4),
+    # These round activations too.
+    "onnxruntime level 4": Peer("w4a8", "int8", ("onnxruntime", "onnx"), ("cpu",), onnxruntime_int4(4)),
+    "openvino u4": Peer("w4a8", "int8", ("openvino",), ("cpu",), openvino_int4),
 }

@@ -38,6 +38,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    arithmetic: str | None = None,
 ) -> Perplexity:
     """Perplexity of the model in directory `model` on `text` (see `perplexity`).
 
@@ -56,7 +57,7 @@ def evaluate(
     check_ids(ids, config.vocab_size, Path(model))
     if len(ids) < 2:
         raise InputError(f"the text is too short: {', '.join(texts)} has {len(ids)} token, and at least 2 are needed.")
-    return perplexity(load(model, device=device, dtype=dtype, backend=backend), ids, seq_len, stride)
+    return perplexity(load(model, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic), ids, seq_len, stride)
 
 
 @torch.inference_mode()

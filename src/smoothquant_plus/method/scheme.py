@@ -124,3 +124,18 @@ def _in_groups(scheme: Scheme, group_size: int | None, symmetric: bool) -> Schem
         return scheme
     changes: dict[str, Any] = {"group_size": group_size or scheme.weights.group_size, "symmetric": symmetric}
     return scheme.model_copy(update={"weights": scheme.weights.model_copy(update=changes)})
+
+
+def with_arithmetic(scheme: Scheme, arithmetic: str | None) -> Scheme:
+    """`scheme` as it is multiplied, when that is not what it says: 'w4a8' rounds the activations of a W4A16 layer to 8 bits per token, so that
+    integers are multiplied. None changes nothing. It is the user's choice alone: the result is no longer weight-only.
+
+    Raises InputError for another name and another scheme.
+    """
+    if arithmetic is None:
+        return scheme
+    if arithmetic != "w4a8":
+        raise InputError(f"unknown arithmetic '{arithmetic}': there is w4a8, or none.")
+    if scheme.name != "w4a16":
+        raise InputError(f"arithmetic w4a8 is for w4a16 checkpoints, and this one is {scheme.name}: leave it out.")
+    return scheme.model_copy(update={"name": "w4a8", "inputs": ACTIVATIONS["token"]})

@@ -1,6 +1,8 @@
-"""Our own CPU kernels (csrc/), for both schemes: W8A8 with the activations quantized inside the op, W4A16 with weights alone in integers.
+"""Our own CPU kernels (csrc/): W8A8 with the activations quantized inside the op, W4A16 with weights alone in integers, and W4A8.
 
-One packed layout serves every instruction set; which one runs is found out when the library is loaded, and SQPLUS_CPU lowers it.
+One packed layout serves every instruction set; which one runs is found out when the library is loaded, and the environment variable SQPLUS_CPU
+lowers it. A result depends neither on the number of threads nor on the other rows of x. SQPLUS_LIBRARY names another build of the library, for
+tests.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.progress import note
 
 # From the lowest to the highest, as in csrc/ops.cpp.
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "SQPLUS_CPU"
 PANEL = 64
 
@@ -33,7 +35,8 @@ def missing() -> str | None:
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in LEVELS:
         raise InputError(f"{VARIABLE}={wanted}: choose one of {', '.join(LEVELS)}.{did_you_mean(wanted, LEVELS)}")
-    found = sorted(Path(smoothquant_plus.__file__).parent.glob("_cpu*.so"))
+    other = os.environ.get("SQPLUS_LIBRARY")
+    found = [Path(other)] if other else sorted(Path(smoothquant_plus.__file__).parent.glob("_cpu*.so"))
     reason = None if found else "they were not built: install the package where PyTorch and a C++ compiler are (README.md, Install)"
     if found:
         try:
@@ -44,9 +47,10 @@ def missing() -> str | None:
         note(f"the CPU kernels of smoothquant-plus are not used, slower ones of PyTorch are: {reason}.")
         return reason
     torch.library.register_fake("smoothquant_plus::cpu_w8a8")(_fake_w8a8)
-    torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4a16)
-    if wanted is not None:
-        torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted))
+    torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4)
+    torch.library.register_fake("smoothquant_plus::cpu_w4a8")(_fake_w4)
+    if wanted is not None and torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted)) != LEVELS.index(wanted):
+        raise InputError(f"{VARIABLE}={wanted}: this processor has {level()} at most.")
     return None
 
 
@@ -58,7 +62,9 @@ def level() -> str:
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
     if device.type != "cpu":
         return f"they run on the CPU, not on '{device.type}'"
-    if scheme.name == "w8a8" and shape[1] > LARGEST_K:
+    if scheme.name not in ("w8a8", "w4a16", "w4a8"):
+        return "they multiply 8-bit integers, and 4-bit weights"
+    if scheme.name != "w4a16" and shape[1] > LARGEST_K:
         return f"their sums are exact for at most {LARGEST_K} input channels"
     return missing()
 
@@ -84,14 +90,20 @@ def panels(per_group: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if x.dtype == torch.float64:
+        return linear(x.float(), prepared, scheme, input_scale, bias).double()
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.float()
     ops = torch.ops.smoothquant_plus
-    bias = None if bias is None else bias.float()
-    if scheme.inputs is not None:
+    y: Tensor
+    if scheme.weights.bits == 8:
+        assert scheme.inputs is not None
         weight, correction, scale = prepared
-        y: Tensor = ops.cpu_w8a8(x, weight, correction, scale, scheme.inputs.strategy == "token", input_scale, bias)
-        return y
-    rows, packed, scale, *zero_point = prepared
-    y = ops.cpu_w4a16(x, packed, scale, zero_point[0] if zero_point else None, bias, len(rows))
+        y = ops.cpu_w8a8(x, weight, correction, scale, scheme.inputs.strategy == "token", input_scale, bias)
+    else:
+        rows, packed, scale, *zero_point = prepared
+        product = ops.cpu_w4a16 if scheme.inputs is None else ops.cpu_w4a8
+        y = product(x, packed, scale, zero_point[0] if zero_point else None, bias, len(rows))
     return y
 
 
@@ -107,5 +119,5 @@ def _fake_w8a8(
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
 
 
-def _fake_w4a16(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, channels: int) -> Tensor:
+def _fake_w4(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, channels: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], channels)

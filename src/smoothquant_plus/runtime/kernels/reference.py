@@ -10,7 +10,7 @@ from smoothquant_plus.method.scheme import Quant, Scheme
 
 
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
-    return None if scheme.name in ("w8a8", "w4a16") else "it has no meaning for this scheme"
+    return None if scheme.name in ("w8a8", "w4a16", "w4a8") else "it has no meaning for this scheme"
 
 
 def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
@@ -21,9 +21,14 @@ def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
 
 
 def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    if scheme.inputs is None:
+    if scheme.weights.bits == 4:
         packed, scale, *zero_point = prepared
-        return torch.ops.smoothquant_plus.reference_w4a16(x, packed, scale, zero_point[0] if zero_point else None, bias)
+        if scheme.inputs is not None:
+            integers, input_scale = quantize_input(x, scheme.inputs)
+            dtype, x = x.dtype, integers.float() * input_scale
+        y = torch.ops.smoothquant_plus.reference_w4a16(x, packed, scale, zero_point[0] if zero_point else None, bias)
+        return y if scheme.inputs is None else y.to(dtype)
+    assert scheme.inputs is not None
     values, scale = prepared
     return torch.ops.smoothquant_plus.reference_w8a8(x, values, scale, scheme.inputs.strategy == "token", input_scale, bias)
 

@@ -1,0 +1,305 @@
+"""Our own CPU kernels, at every instruction set that this machine has. `make sanitize` and `make emulate` run this on other builds of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_input, quantize_weight
+from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme, with_arithmetic
+from smoothquant_plus.runtime.kernels import cpu, select
+from smoothquant_plus.runtime.linear import QuantLinear
+
+CPU = torch.device("cpu")
+assert cpu.missing() is None, f"the tests need the CPU kernels: {cpu.missing()}"
+OPS = torch.ops.smoothquant_plus
+HIGHEST = OPS.cpu_level(len(cpu.LEVELS) - 1)
+
+# A tile has up to 2, 3 or 6 rows, a panel 64 channels; 16 rows and more have a product of their own.
+SHAPES = [(1, 1, 1), (2, 64, 64), (3, 17, 33), (6, 129, 4), (17, 40, 128), (118, 96, 250), (0, 8, 16), (5, 1, 300), (13, 65, 0)]  # M, N, K
+GROUPED_SHAPES = [
+    (1, 1, 128),
+    (2, 64, 128),
+    (3, 17, 384),
+    (4, 66, 128),
+    (5, 208, 256),
+    (6, 1, 256),
+    (15, 63, 128),
+    (17, 40, 256),
+    (118, 96, 384),
+]
+INT8 = [find_scheme("w8a8", activations) for activations in ("token", "tensor", "static")]
+GROUPED = [find_scheme("w4a16", group_size=size, symmetric=symmetric) for size, symmetric in itertools.product(GROUP_SIZES, (False, True))]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=range(HIGHEST + 1), ids=lambda level: cpu.LEVELS[level])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert OPS.cpu_level(request.param) == request.param
+    yield cpu.LEVELS[request.param]
+    OPS.cpu_level(HIGHEST)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nothing was written to is NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def int8_layer(scheme: Scheme, n: int, k: int, backend: str = "cpu") -> QuantLinear:
+    generator = torch.Generator().manual_seed(n * 1000 + k)
+    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
+    weight = QuantizedWeight(values, torch.rand(n, 1, generator=generator) + 0.1, scheme.weights)
+    static = torch.tensor([0.02]) if scheme.static else None
+    return QuantLinear(weight, scheme, input_scale=static, bias=torch.randn(n, generator=generator), backend=backend)
+
+
+def grouped_weight(scheme: Scheme, n: int, k: int, scale_dtype: torch.dtype) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(n * 1000 + k)
+    return quantize_weight(torch.randn(n, k, generator=generator), scheme.weights, scale_dtype)
+
+
+def magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What is summed, without signs: rounding is bounded by it, element by element."""
+    return x.float().abs() @ weight.abs().t() + bias.abs()
+
+
+@pytest.mark.parametrize("scheme", INT8, ids=("token", "tensor", "static"))
+def test_w8a8_is_the_reference(scheme: Scheme, level: str) -> None:
+    for (m, n, k), dtype in itertools.product(SHAPES, DTYPES):
+        ours, right = (int8_layer(scheme, n, k, backend) for backend in ("cpu", "reference"))
+        x = torch.randn(m, k).to(dtype)
+        if k == 0 and not scheme.static:
+            continue  # nothing to take a scale from
+        for bias in (ours.bias, ours.bias.to(dtype), None):
+            ours.bias = right.bias = bias
+            got, expected = ours(x), right(x)
+            assert got.dtype == dtype and got.shape == (m, n)
+            # The integers are exact in both; scales and bias are applied in float32, in another order.
+            tolerance = (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps) * (expected.float().abs().max().item() if m else 1)
+            torch.testing.assert_close(got, expected, rtol=torch.finfo(dtype).eps, atol=tolerance)
+
+
+@pytest.mark.parametrize("scheme", GROUPED, ids=lambda s: f"{s.weights.group_size}-{'symmetric' if s.weights.symmetric else 'asymmetric'}")
+def test_w4_is_the_reference(scheme: Scheme, level: str) -> None:
+    integers = with_arithmetic(scheme, "w4a8")
+    for (m, n, k), scale_dtype in itertools.product(GROUPED_SHAPES, DTYPES):
+        weight = grouped_weight(scheme, n, k, scale_dtype)
+        meant, bias = dequantize(weight), torch.randn(n)
+        exact, rounded = (QuantLinear(weight, how, bias=bias, backend="cpu") for how in (scheme, integers))
+        right = QuantLinear(weight, integers, bias=bias, backend="reference")
+        for dtype in DTYPES:
+            x = torch.randn(m, k).to(dtype)
+            tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+            bound = tolerance * magnitude(x, meant, bias)
+            got = exact(x)
+            assert got.dtype == dtype and got.shape == (m, n)
+            assert ((got.float() - (x.float() @ meant.t() + bias)).abs() <= bound).all(), (m, n, k, scale_dtype, dtype)
+            assert ((rounded(x).float() - right(x).float()).abs() <= 2 * bound).all(), (m, n, k, scale_dtype, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", [INT8[0], INT8[2], GROUPED[0], with_arithmetic(GROUPED[0], "w4a8")], ids=lambda s: s.name)
+def test_a_row_depends_neither_on_other_rows_nor_on_threads(scheme: Scheme, dtype: torch.dtype, level: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        for m, n in ((7, 70), (41, 200)):
+            layer = int8_layer(scheme, n, 256) if scheme.weights.bits == 8 else QuantLinear(grouped_weight(scheme, n, 256, dtype), scheme)
+            x = torch.randn(m, 256).to(dtype)
+            torch.set_num_threads(1)
+            y = layer(x)
+            assert torch.equal(torch.cat([layer(row[None]) for row in x]), y)
+            for threads in (2, 3, 8):
+                torch.set_num_threads(threads)
+                assert torch.equal(layer(x), y), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_extreme_integers_are_summed_exactly(level: str) -> None:
+    k = 11008
+    values = torch.full((4, k), 127, dtype=torch.int8)
+    values[1] = -127
+    values[2, ::2] = -127
+    layer = QuantLinear(QuantizedWeight(values, torch.ones(4, 1), INT8[2].weights), INT8[2], input_scale=torch.ones(1), backend="cpu")
+    x = torch.stack([torch.full((k,), v) for v in (127.0, -128.0, 1e9, -1e9, float("inf"), float("-inf"))])
+    sums = torch.tensor([127.0, -128.0, 127.0, -128.0, 127.0, -128.0])[:, None] * values.double().sum(1).float()
+    assert torch.equal(layer(x), sums)
+
+
+def test_rounding_is_the_references(level: str) -> None:
+    """Ties go to the even integer, as torch.round has it."""
+    identity = torch.eye(64, dtype=torch.int8)
+    layer = QuantLinear(QuantizedWeight(identity, torch.ones(64, 1), INT8[2].weights), INT8[2], input_scale=torch.ones(1), backend="cpu")
+    x = torch.linspace(-140, 140, 64 * 35).reshape(35, 64)
+    x[:, ::2] = (x[:, ::2] * 2).round() / 2
+    assert torch.equal(layer(x), quantize_input(x, INT8[2].inputs, torch.ones(1))[0].float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", [INT8[0], GROUPED[0], GROUPED[5], with_arithmetic(GROUPED[0], "w4a8")], ids=lambda s: s.name)
+def test_what_is_not_finite_stays_in_its_token(scheme: Scheme, bad: float, level: str) -> None:
+    layer = int8_layer(scheme, 70, 128) if scheme.weights.bits == 8 else QuantLinear(grouped_weight(scheme, 70, 128, torch.float16), scheme)
+    for m, dtype in itertools.product((3, 20), DTYPES):
+        x = torch.randn(m, 128).to(dtype)
+        clean = layer(x)
+        x[1, 5] = bad
+        y = layer(x)
+        assert not torch.isfinite(y[1]).any()
+        others = [row for row in range(m) if row != 1]
+        assert torch.equal(y[others], clean[others])
+
+
+def test_nan_is_visible_with_static_scales(level: str) -> None:
+    x = torch.randn(3, 64)
+    x[2, 7] = float("nan")
+    y = int8_layer(INT8[2], 20, 64)(x)
+    assert y[2].isnan().all() and torch.isfinite(y[:2]).all()
+
+
+@pytest.mark.parametrize("power", [-120, -30, 30, 100])
+def test_extreme_scales(power: int, level: str) -> None:
+    x = torch.randn(5, 128) * 2.0**power
+    for scheme in (INT8[0], INT8[1]):
+        ours, right = (int8_layer(scheme, 33, 128, backend) for backend in ("cpu", "reference"))
+        torch.testing.assert_close(ours(x), right(x), rtol=1e-5, atol=1e-5 * right(x).abs().max().item())
+    weight = grouped_weight(GROUPED[0], 33, 128, torch.float32)
+    ours, right = (QuantLinear(weight, GROUPED[0], backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(ours(x), right(x), rtol=1e-5, atol=1e-5 * right(x).abs().max().item())
+
+
+def test_half_precision_is_rounded_as_torch_does(level: str) -> None:
+    """Every finite float16 number comes back through a product with one, and float32 sums between them round to even."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(torch.float16)
+    numbers = numbers[numbers.isfinite()]
+    weight = QuantizedWeight(
+        torch.ones(1, 32, dtype=torch.int8), torch.ones(1, 1), GROUPED[5].weights.model_copy(update={"group_size": 32})
+    )
+    scheme = find_scheme("w4a16", group_size=32, symmetric=True)
+    layer = QuantLinear(weight, scheme, backend="cpu")
+    x = torch.zeros(len(numbers), 32, dtype=torch.float16)
+    x[:, 3] = numbers
+    assert torch.equal(layer(x)[:, 0].view(torch.int16) & 0x7FFF, numbers.view(torch.int16) & 0x7FFF)
+    x[:, 5] = numbers.roll(1)
+    expected = (x[:, 3].float() + x[:, 5].float()).to(torch.float16)
+    assert torch.equal(layer(x)[:, 0], expected)
+
+
+def test_views_batches_and_double(level: str) -> None:
+    for layer in (int8_layer(INT8[0], 70, 128), QuantLinear(grouped_weight(GROUPED[0], 70, 128, torch.bfloat16), GROUPED[0])):
+        x = torch.randn(2, 5, 256)[..., ::2]
+        y = layer(x)
+        assert y.shape == (2, 5, 70) and torch.equal(layer(x.contiguous()), y)
+        assert torch.equal(layer(x.transpose(0, 1)), y.transpose(0, 1))
+        assert torch.equal(layer(x[0, 0]), y[0, 0]) and layer(x[:, :0]).shape == (2, 0, 70)
+        assert layer(x.double()).dtype == torch.float64 and torch.equal(layer(x.double()), y.double())
+
+
+@pytest.mark.parametrize("name", ["cpu_w8a8", "cpu_w4a16", "cpu_w4a8"])
+def test_ops_pass_opcheck(name: str) -> None:
+    x = torch.randn(3, 128)
+    if name == "cpu_w8a8":
+        weight, correction, scale = int8_layer(INT8[0], 20, 128).prepared
+        arguments = (x, weight, correction, scale, True, None, torch.randn(20))
+    else:
+        rows, packed, scale, zero_point = QuantLinear(grouped_weight(GROUPED[0], 20, 128, torch.bfloat16), GROUPED[0]).prepared
+        arguments = (x, packed, scale, zero_point, torch.randn(20), len(rows))
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+@pytest.mark.parametrize("scheme", [INT8[0], INT8[2], GROUPED[0], GROUPED[1], with_arithmetic(GROUPED[0], "w4a8")], ids=lambda s: s.name)
+def test_layers_compile_whole(scheme: Scheme) -> None:
+    layer = (
+        int8_layer(scheme, 20, 128) if scheme.weights.bits == 8 else QuantLinear(grouped_weight(scheme, 20, 128, torch.bfloat16), scheme)
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for x in (torch.randn(3, 128), torch.randn(2, 3, 128).bfloat16()):
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_ops_refuse_what_does_not_fit() -> None:
+    weight, correction, scale = int8_layer(INT8[0], 20, 128).prepared
+    x = torch.randn(3, 128)
+    for arguments in (
+        (torch.randn(3, 132), weight, correction, scale, True, None, None),
+        (x, weight, correction, scale[:1].expand(100).contiguous(), True, None, None),
+        (x, weight, correction, scale.double(), True, None, None),
+        (x, weight, correction, scale, True, None, torch.randn(19)),
+        (x.int(), weight, correction, scale, True, None, None),
+        (torch.tensor(1.0), weight, correction, scale, True, None, None),
+    ):
+        with pytest.raises(RuntimeError):
+            OPS.cpu_w8a8(*arguments)
+    _, packed, scale, zero_point = QuantLinear(grouped_weight(GROUPED[0], 20, 128, torch.bfloat16), GROUPED[0]).prepared
+    for arguments in (
+        (torch.randn(3, 256), packed, scale, zero_point, None, 20),
+        (x, packed, scale[:0], zero_point, None, 20),
+        (x, packed[:-1], scale, zero_point, None, 20),
+        (x, packed, scale, zero_point[:, :, :3], None, 20),
+        (x, packed, scale, zero_point, torch.randn(19), 20),
+        (x, packed, scale, zero_point, None, 100),
+    ):
+        with pytest.raises(RuntimeError):
+            OPS.cpu_w4a16(*arguments)
+    with pytest.raises(RuntimeError, match="int8 matrix"):
+        OPS.cpu_pack_w4(torch.zeros(4, 4))
+
+
+def test_measures_of_the_machine(level: str) -> None:
+    assert isinstance(OPS.cpu_read(torch.zeros(3 << 20, dtype=torch.uint8)), int)
+    assert OPS.cpu_peak("int8", 10) > 0 and OPS.cpu_peak("float32", 10) > 0
+    assert (OPS.cpu_peak("bfloat16", 10) > 0) == (level == "avx512_bf16")
+
+
+def test_what_they_support() -> None:
+    assert select(INT8[0], CPU, (7, 9)) == ("cpu", cpu) and select(GROUPED[0], CPU, (7, 128)) == ("cpu", cpu)
+    assert "run on the CPU" in str(cpu.supports(INT8[0], torch.device("cuda"), (8, 8)))
+    assert "exact for at most" in str(cpu.supports(INT8[0], CPU, (8, 200_000)))
+    assert cpu.supports(GROUPED[0], CPU, (8, 200_064)) is None
+    assert "4-bit weights" in str(cpu.supports(INT8[0].model_copy(update={"name": "w2a2"}), CPU, (8, 8)))
+    with pytest.raises(InputError, match="unknown arithmetic 'w4a4'"):
+        with_arithmetic(GROUPED[0], "w4a4")
+    with pytest.raises(InputError, match="for w4a16 checkpoints, and this one is w8a8"):
+        with_arithmetic(INT8[0], "w4a8")
+
+
+def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQPLUS_")} | variables
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.skipif("SQPLUS_LIBRARY" in os.environ, reason="another build is tested")
+def test_the_environment_chooses_the_level_or_says_what_is_wrong(tmp_path: Path) -> None:
+    select_one = (
+        "import torch\n"
+        "from smoothquant_plus.method.scheme import find_scheme\n"
+        "from smoothquant_plus.runtime.kernels import cpu, select\n"
+        "for _ in range(2): print(select(find_scheme('w8a8'), torch.device('cpu'), (8, 8))[0])\n"
+    )
+    done = run(select_one + "print(cpu.level())", SQPLUS_CPU="portable")
+    assert done.stdout.split() == ["cpu", "cpu", "portable"], done.stderr
+    done = run(select_one, SQPLUS_CPU="avx")
+    assert "SQPLUS_CPU=avx: choose one of portable, avx2, avx512, avx512_bf16. Did you mean 'avx2'?" in done.stderr
+    if len(cpu.LEVELS) > HIGHEST + 1:
+        done = run(select_one, SQPLUS_CPU=cpu.LEVELS[-1])
+        assert f"SQPLUS_CPU={cpu.LEVELS[-1]}: this processor has {cpu.LEVELS[HIGHEST]} at most." in done.stderr
+    # Without the library the slower backend is used, which is said once.
+    broken = tmp_path / "_cpu.so"
+    broken.write_text("not a library")
+    done = run(select_one, SQPLUS_LIBRARY=str(broken))
+    assert done.stdout.split() == ["torch", "torch"]
+    assert done.stderr.count("slower ones of PyTorch are") == 1 and "cannot be loaded" in done.stderr
