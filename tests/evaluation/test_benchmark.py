@@ -84,7 +84,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     }
     monkeypatch.setattr(benchmark_linear, "PEERS", peers)
     found = bench_linear("w8a8", ["64x128"], "2")
-    assert {row.backend for row in found.rows} == {BF16, "torch"}
+    assert {row.backend for row in found.rows} == {BF16, "cpu", "torch"}
     reasons = {one.backend: one.reason for one in found.left_out}
     assert reasons.pop("refuses")
     expected = {
@@ -95,7 +95,13 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     assert reasons == expected
     lines = list(remarks(found))
     assert "not installed: no_such_package" in lines and "not timed: w8a8 broken: no such instruction" in lines
-    assert [line[0] for line in next(tables(found)).lines] == [BF16, "bf16 limit", "w8a8 --backend torch", "w8a8 limit"]
+    assert [line[0] for line in next(tables(found)).lines] == [
+        BF16,
+        "bf16 limit",
+        "w8a8 --backend cpu",
+        "w8a8 --backend torch",
+        "w8a8 limit",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.method import integers
 from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_input, quantize_weight
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme
-from smoothquant_plus.runtime.kernels import BACKENDS, reference, select, torch_int4, torch_int8
+from smoothquant_plus.runtime.kernels import BACKENDS, cpu, reference, select, torch_int4, torch_int8
 from smoothquant_plus.runtime.linear import QuantLinear
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 17, 33), (17, 40, 128), (118, 96, 250), (0, 8, 16), (5, 1, 300)]  # M, N, K
@@ -236,7 +236,7 @@ def test_w4a16_is_close_to_the_float_product(scheme: Scheme, backend: str) -> No
     torch.testing.assert_close(y, x @ dequantize(quantized).t(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])  # the others in test_cpu.py
 def test_ops_pass_opcheck_and_compile_whole(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # opcheck takes plain tensors, and a weight that oneDNN has repacked is none.
     monkeypatch.setattr(torch_int8, "cpu_method", lambda: "int_mm")
@@ -286,7 +286,8 @@ def test_nan_in_a_token_stays_in_that_token(dtype: torch.dtype, scheme: Scheme, 
 
 def test_selection() -> None:
     scheme = find_scheme("w8a8")
-    assert select(scheme, CPU, (8, 8))[0] == "torch"
+    assert select(scheme, CPU, (8, 8))[0] == "cpu"
+    assert select(scheme, CPU, (8, 8), "torch")[0] == "torch"
     assert select(scheme, CPU, (8, 8), "reference")[0] == "reference"
     with pytest.raises(InputError, match=r"unknown backend 'torhc'.*Did you mean 'torch'"):
         select(scheme, CPU, (8, 8), "torhc")
@@ -300,13 +301,15 @@ def test_each_file_takes_its_own_scheme(scheme: Scheme) -> None:
     own, other = (torch_int4, torch_int8) if scheme.name == "w4a16" else (torch_int8, torch_int4)
     assert own.supports(scheme, CPU, (16, 128)) is None
     assert "it multiplies" in str(other.supports(scheme, CPU, (16, 128)))
-    for name, expected in ((None, ("torch", own)), ("torch", ("torch", own)), ("reference", ("reference", reference))):
+    for name, expected in ((None, ("cpu", cpu)), ("torch", ("torch", own)), ("reference", ("reference", reference))):
         assert select(scheme, CPU, (16, 128), name) == expected
 
 
 def test_a_scheme_that_no_file_takes() -> None:
     other = find_scheme("w4a16").model_copy(update={"name": "w2a2"})
-    with pytest.raises(InputError, match=r"no backend can run a 7x128 layer in w2a2 on cpu: torch_int8: .*; torch_int4: .*; reference: "):
+    with pytest.raises(
+        InputError, match=r"no backend can run a 7x128 layer in w2a2 on cpu: cpu: .*; torch_int8: .*; torch_int4: .*; reference: "
+    ):
         select(other, CPU, (7, 128))
     with pytest.raises(InputError, match=r"backend 'torch' cannot run a 7x128 layer in w2a2 on cpu: torch_int8: .*; torch_int4: .*"):
         select(other, CPU, (7, 128), "torch")

@@ -20,7 +20,15 @@ from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.evaluation.machine import describe
 from smoothquant_plus.evaluation.timing import Table, turns
 from smoothquant_plus.method.scheme import SCHEMES
-from smoothquant_plus.models.blocks import check_device, check_positions, declared_family, load_config, open_family
+from smoothquant_plus.models.blocks import (
+    build_skeleton,
+    check_device,
+    check_positions,
+    declared_family,
+    head_paths,
+    load_config,
+    open_family,
+)
 from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
 from smoothquant_plus.progress import note, peak_rss_mb, steps
 from smoothquant_plus.runtime.kernels import BACKENDS
@@ -124,8 +132,9 @@ def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, bac
     vocabulary, schemes = [], []
     for directory in directories:
         config = load_config(directory)
-        open_family(config, declared_family(directory))
-        scheme = read_scheme(Checkpoint(directory).config, directory)
+        _, family = open_family(config, declared_family(directory))
+        heads = head_paths(build_skeleton(config, torch.float32), family)
+        scheme = read_scheme(Checkpoint(directory).config, directory, heads)
         text = config.get_text_config()
         check_positions(text, prompt_tokens + new_tokens, f"{directory}: --prompt-tokens {prompt_tokens} --new-tokens {new_tokens}")
         vocabulary.append(text.vocab_size)
