@@ -1,37 +1,47 @@
 """Builds the CPU kernels (csrc/). Everything else is in pyproject.toml.
 
-They need PyTorch's headers and a C++20 compiler; without those the package installs all the same, and says at run time that slower kernels are
-used. One build serves PyTorch 2.10 and later: it is written against the stable ABI.
+They need PyTorch's headers, 2.10 or newer, and a C++20 compiler; without those the package installs all the same, and says at run time that
+slower kernels are used. One build serves later PyTorch versions too: it is written against the stable ABI.
 
 SQPLUS_CXXFLAGS adds flags of the compiler, for `make sanitize` and `make emulate`; what does not compile is an error then.
 """
 
+from __future__ import annotations
+
+import importlib.util
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
-options = {}
+
+def find_torch() -> Path | None:
+    """PyTorch's directory, also where pip builds in isolation: that hides the environment's packages, but not their place."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else [Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
+    return next((place for place in places if (place / "include").is_dir()), None)
+
+
 flags = os.environ.get("SQPLUS_CXXFLAGS", "").split()
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    sys.stderr.write("PyTorch is not there (or hidden by build isolation): the CPU kernels are not built.\n")
+torch = find_torch()
+if torch is None:
+    sys.stderr.write("PyTorch is not installed: the CPU kernels are not built.\n")
+    setup()
 else:
-    kernels = CppExtension(
+    kernels = Extension(
         "smoothquant_plus._cpu",
         [str(path) for path in sorted(Path("csrc").glob("*.cpp"))],
         depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+        include_dirs=[str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "c10"],
+        # Symbols as of PyTorch 2.10.
         extra_compile_args=["-O3", "-g0", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", *flags],
         extra_link_args=flags,
-        py_limited_api=True,
+        language="c++",
+        py_limited_api=True,  # it has no Python in it
+        optional=not flags,
     )
-    kernels.optional = not flags  # where it does not compile, the package works without
-    options = {
-        "ext_modules": [kernels],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-
-setup(**options)
+    setup(ext_modules=[kernels], options={"bdist_wheel": {"py_limited_api": "cp310"}})
