@@ -109,7 +109,7 @@ def test_the_backend_of_each_layer_is_logged(tiny: Callable[..., Path], tmp_path
     quantize(tiny(), tmp_path / "out", smooth="none", calibration=Calibration())
     with caplog.at_level(logging.INFO, logger="smoothquant_plus"):
         load(tmp_path / "out")
-    assert "w8a8 64x64 on cpu: backend torch" in caplog.text
+    assert "w8a8 64x64 on cpu: backend cpu" in caplog.text
 
 
 def test_a_checkpoint_of_mixed_dtypes_is_not_rounded(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:

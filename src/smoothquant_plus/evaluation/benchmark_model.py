@@ -133,7 +133,7 @@ def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, bac
     for directory in directories:
         config = load_config(directory)
         _, family = open_family(config, declared_family(directory))
-        heads = head_paths(build_skeleton(config, torch.float32), family)
+        heads = head_paths(build_skeleton(config, config.dtype or torch.float32), family)
         scheme = read_scheme(Checkpoint(directory).config, directory, heads)
         text = config.get_text_config()
         check_positions(text, prompt_tokens + new_tokens, f"{directory}: --prompt-tokens {prompt_tokens} --new-tokens {new_tokens}")
