@@ -20,7 +20,9 @@ from setuptools import Extension, setup
 def find_torch() -> Path | None:
     """PyTorch's directory, also where pip builds in isolation: that hides the environment's packages, but not their place."""
     spec = importlib.util.find_spec("torch")
-    places = [Path(spec.origin).parent] if spec and spec.origin else [Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
+    places = (
+        [Path(spec.origin).parent] if spec and spec.origin else [Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
+    )
     return next((place for place in places if (place / "include").is_dir()), None)
 
 

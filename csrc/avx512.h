@@ -36,6 +36,7 @@ struct Avx512 {
   static SQPLUS_INLINE Int zero_int() { return _mm512_setzero_si512(); }
   static SQPLUS_INLINE Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
   static SQPLUS_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static SQPLUS_INLINE void store_int(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
   static SQPLUS_INLINE Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
@@ -66,6 +67,7 @@ struct Avx512 {
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm512_and_si512(packed, _mm512_set1_epi32(0x0f0f0f0f)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return low_nibbles(_mm512_srli_epi32(packed, 4)); }
   static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) { return dot4(dot4(sum, low, x), high, y); }
+  static constexpr float x_scale(int) { return 1; }
   // A table of 16 numbers, of which the lowest 4 bits choose one.
   template <int shift>
   static SQPLUS_INLINE Float nibble(Int packed) {

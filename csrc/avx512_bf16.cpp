@@ -30,11 +30,12 @@ SQPLUS_INLINE V::Int decode(V::Int packed) {
   return _mm512_permutexvar_epi16(j == 0 ? packed : _mm512_srli_epi32(packed, 4 * j), _mm512_load_si512(table));
 }
 
-// A group of one panel for R rows, H vectors of channels from `from` on. `weight(k, h, j)` gives pair j of step k. There are two sums for each
-// vector, of even and odd pairs, because one would wait for itself; they are always added in the same order, so that a row's result does not
-// depend on the rows beside it.
+// A group for R rows, H vectors of channels from `from` on. `weight(k, h, j)` gives pair j of step k. There are two sums for each vector, of even and
+// odd pairs, because one would wait for itself; they are always added in the same order, so that a row's result does not depend on the rows
+// beside it.
 template <int R, int H, class Weight>
-SQPLUS_INLINE void group(const W4Tile& t, const int32_t* x, const float* sums, int64_t g, int from, float* y, Weight&& weight) {
+SQPLUS_INLINE void group(const W4Tile& t, int64_t g, int64_t top, int from, float* y, Weight&& weight) {
+  const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * t.steps * 4;
   V::Float sum[2 * R * H];
   unroll<2 * R * H>(SQPLUS_EACH(i) { sum[i] = _mm512_setzero_ps(); });
   for (int64_t k = 0; k < t.steps; ++k, x += 4 * R) {
@@ -50,54 +51,60 @@ SQPLUS_INLINE void group(const W4Tile& t, const int32_t* x, const float* sums, i
   }
   V::Float both[R * H];
   unroll<R * H>(SQPLUS_EACH(i) { both[i] = _mm512_add_ps(sum[2 * i], sum[2 * i + 1]); });
-  add_group<V, R, H>(t, sums, g, from, both, y);
+  add_group<V, R, H>(t, t.sums + g * t.rows + top, g, from, both, y);
+}
+
+// For one block of rows nibbles are decoded on the way.
+template <int R>
+SQPLUS_NOINLINE void one_block(const W4Tile& t, int64_t g, int64_t top) {
+  constexpr int H = R <= 2 ? kVectors : 2;
+  for (int from = 0; from < kPanel; from += H * V::width) {
+    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
+    V::Int packed[H];
+    group<R, H>(t, g, top, from, t.y, [&](int64_t k, auto h, auto j) __attribute__((always_inline)) {
+      if constexpr (j == 0) {
+        if (h == 0 && from == 0) prefetch<V, true>(w + k * kPanel, 4096);
+        packed[h] = V::load_int(w + k * kPanel + h * V::width);
+      }
+      return decode<j>(packed[h]);
+    });
+  }
 }
 
 template <int R>
-void few_rows(const W4Tile& t) {
+SQPLUS_NOINLINE void one_of_many(const W4Tile& t, int64_t g, int64_t top, const V::Int* decoded, float* y) {
   constexpr int H = R <= 2 ? kVectors : 2;
-  for (int from = 0; from < kPanel; from += H * V::width) {
-    const int32_t* x = static_cast<const int32_t*>(t.x);
-    for (int64_t g = 0; g < t.groups; ++g) {
-      const uint32_t* w = t.weight + g * t.steps * kPanel + from;
-      V::Int packed[H];
-      group<R, H>(t, x + g * t.x_stride, t.sums, g, from, t.y, [&](int64_t k, auto h, auto j) __attribute__((always_inline)) {
-        if constexpr (j == 0) {
-          if (h == 0 && from == 0) prefetch<V>(t.ahead, w + k * kPanel, g * t.steps + k);
-          packed[h] = V::load_int(w + k * kPanel + h * V::width);
-        }
-        return decode<j>(packed[h]);
-      });
-    }
+  for (int from = 0; from < kVectors; from += H) {
+    group<R, H>(t, g, top, from * V::width, y,
+                [&](int64_t k, auto h, auto j) __attribute__((always_inline)) { return decoded[(k * kVectors + from + h) * 4 + j]; });
+  }
+}
+
+// For many blocks once, 16 KB.
+void many_blocks(const W4Tile& t, int64_t g, int64_t blocks, const Block* block) {
+  alignas(64) V::Int decoded[16 * 4 * kVectors];
+  const uint32_t* w = t.weight + g * t.steps * kPanel;
+  for (int64_t k = 0; k < t.steps; ++k) {
+    prefetch<V, true>(w + k * kPanel, t.steps * kPanel * 4);  // the next group
+    unroll<kVectors>(SQPLUS_EACH(h) {
+      const V::Int packed = V::load_int(w + k * kPanel + h * V::width);
+      unroll<4>(SQPLUS_EACH(j) { decoded[(k * kVectors + h) * 4 + j] = decode<j>(packed); });
+    });
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t top = block[b].top;
+    with_rows<V::rows>(block[b].rows, [&](auto r) { one_of_many<r>(t, g, top, decoded, t.y + (top - block->top) * kPanel); });
   }
 }
 
 }  // namespace
 
-void w4_bfloat16_avx512(int rows, const W4Tile& t) {
-  with_rows<V::rows>(rows, [&](auto r) { few_rows<r>(t); });
-}
-
-void w4_bfloat16_blocks_avx512(int64_t blocks, const W4Block* block, const W4Tile& t) {
-  alignas(64) V::Int decoded[16 * 4 * kVectors];  // of one group, at most 128 channels: 16 KB
+void w4_bfloat16_avx512(int64_t blocks, const Block* block, const W4Tile& t) {
   for (int64_t g = 0; g < t.groups; ++g) {
-    const uint32_t* w = t.weight + g * t.steps * kPanel;
-    for (int64_t k = 0; k < t.steps; ++k) {
-      unroll<4>(SQPLUS_EACH(line) { V::prefetch<false>(w + (t.steps + k) * kPanel + line * 16); });  // the next group
-      unroll<kVectors>(SQPLUS_EACH(h) {
-        const V::Int packed = V::load_int(w + k * kPanel + h * V::width);
-        unroll<4>(SQPLUS_EACH(j) { decoded[(k * kVectors + h) * 4 + j] = decode<j>(packed); });
-      });
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      with_rows<V::rows>(block[b].rows, [&](auto r) {
-        constexpr int R = r, H = R <= 2 ? kVectors : 2;
-        const int32_t* x = static_cast<const int32_t*>(block[b].x) + g * t.x_stride;
-        for (int from = 0; from < kVectors; from += H) {
-          group<R, H>(t, x, block[b].sums, g, from * V::width, block[b].y,
-                      [&](int64_t k, auto h, auto j) __attribute__((always_inline)) { return decoded[(k * kVectors + from + h) * 4 + j]; });
-        }
-      });
+    if (blocks == 1) {
+      with_rows<V::rows>(block->rows, [&](auto r) { one_block<r>(t, g, block->top); });
+    } else {
+      many_blocks(t, g, blocks, block);
     }
   }
 }

@@ -45,6 +45,7 @@ inline Longs load(const void* p) {
 }
 inline Floats loadu_ps(const float* p) { return as<Floats>(load(p)); }
 inline void storeu_ps(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
+inline void storeu_si512(void* p, Longs a) { std::memcpy(p, &a, sizeof a); }
 inline Longs add_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) + as<Unsigned>(b)); }
 inline Longs sub_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) - as<Unsigned>(b)); }
 inline Longs and_si512(Longs a, Longs b) { return a & b; }
@@ -132,4 +133,5 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_slli_epi32 sqplus::emulated::slli_epi32
 #define _mm512_srli_epi32 sqplus::emulated::srli_epi32
 #define _mm512_storeu_ps sqplus::emulated::storeu_ps
+#define _mm512_storeu_si512 sqplus::emulated::storeu_si512
 #define _mm512_sub_epi32 sqplus::emulated::sub_epi32

@@ -11,7 +11,6 @@
 namespace sqplus {
 
 constexpr int kPanel = 64;
-constexpr int kMostRows = 6;
 
 // Even channels in the lower half and odd ones in the upper: two neighbours are one lane of a 16-bit table look-up, and the bytes under the mask
 // 0x0f0f0f0f are four channels for an 8-bit dot product (kByteOrder), those under 0xf0f0f0f0 the other four.
@@ -20,56 +19,48 @@ constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
-// What is fetched into the cache meanwhile, for each 256 bytes of weights that are read: the weights themselves a little ahead (a single block of
-// rows streams through them), or `lines` lines of 64 bytes of the next panel (several blocks go over this one).
-constexpr int kOwn = -1;
-struct Ahead {
-  const char* from;
-  int lines;  // kOwn, 0, 1 or 2
+// Weights are gone through in chunks that stay in the first-level cache while all blocks of rows use them.
+constexpr int64_t kChunk = 64;  // steps of 256 bytes
+
+// A block of rows: 1 to Kernels::rows of them, of which the first is row `top`.
+struct Block {
+  int64_t top;
+  int rows;
 };
 
 struct W8Tile {
-  const int32_t* x;           // (K / 4, rows): four int8 activations each
+  const int32_t* x;           // (chunks, blocks, steps of the chunk, rows of the block): four int8 activations each
+  int64_t rows;               // of all blocks
   int64_t steps;              // K / 4
+  int64_t chunk;              // steps, at most
   const int8_t* weight;       // one panel
   const int32_t* correction;  // (64): 128 times the sum of each channel's weights, for kernels with unsigned_x
-  Ahead ahead;
-  float* y;                   // (rows, 64): the integer sums as float32
+  int32_t* y;                 // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
 struct W4Tile {
-  const void* x;              // a group's float32 (channels, rows), pairs of bfloat16 (channels / 2, rows), or four int8 in kByteOrder
-  int64_t x_stride;           // from a group's x to the next one's, in 32-bit numbers
-  const float* sums;          // (groups, rows): the activations of each group added up
+  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder
+  const float* sums;         // (groups, rows): the activations of each group added up
+  int64_t rows;              // of all blocks
   int64_t groups;
-  int64_t steps;              // of eight input channels, in a group
-  const uint32_t* weight;     // one panel
+  int64_t steps;             // of eight input channels, in a group: at most 16
+  const uint32_t* weight;    // one panel
   Type scale_type;
-  const void* scale;          // (groups, 64)
-  const int8_t* zero_point;   // (groups, 64), or null where all are 0
-  Ahead ahead;
-  float* y;                   // (rows, 64)
-};
-
-// One of several blocks of rows for which a panel's weights are decoded once; the results are those of block after block.
-struct W4Block {
-  const void* x;
-  const float* sums;
-  float* y;
-  int rows;
+  const void* scale;         // (groups, 64)
+  const int8_t* zero_point;  // (groups, 64), or null where all are 0
+  float* y;                  // (rows of these blocks, 64)
 };
 
 struct Kernels {
   const char* name;
-  int rows;         // the most rows that a tile takes
-  bool unsigned_x;  // whether w8 takes x with 128 added (as uint8); the weights' sums are subtracted again
+  int rows;           // the most rows of a block
+  bool unsigned_x;    // whether w8 takes x with 128 added (as uint8); the weights' sums are subtracted again
+  float x_scale[8];   // what w4 wants each eighth float32 input channel multiplied by: powers of two
 
-  void (*w8)(int rows, const W8Tile&);
-  void (*w4)(int rows, const W4Tile&);  // x float32
-  void (*w4_blocks)(int64_t blocks, const W4Block*, const W4Tile&);
-  void (*w4_bfloat16)(int rows, const W4Tile&);  // null where there is no such product
-  void (*w4_bfloat16_blocks)(int64_t blocks, const W4Block*, const W4Tile&);
-  void (*w4a8)(int rows, const W4Tile&);  // x int8
+  void (*w8)(int64_t blocks, const Block*, const W8Tile&);
+  void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32
+  void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
+  void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);         // x int8
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
@@ -89,8 +80,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 // What kAvx512Bf16 has beyond kAvx512.
-void w4_bfloat16_avx512(int rows, const W4Tile&);
-void w4_bfloat16_blocks_avx512(int64_t blocks, const W4Block*, const W4Tile&);
+void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);
 int64_t peak_bfloat16_avx512(int64_t iterations);
 #endif
 

@@ -44,7 +44,6 @@ std::vector<Kernels> levels_here() {
     Kernels kernels = kAvx512;
     kernels.name = "avx512_bf16";
     kernels.w4_bfloat16 = w4_bfloat16_avx512;
-    kernels.w4_bfloat16_blocks = w4_bfloat16_blocks_avx512;
     kernels.peak_bfloat16 = peak_bfloat16_avx512;
     levels.push_back(kernels);
   }
@@ -82,12 +81,12 @@ std::unique_ptr<T[]> room(int64_t count) {
 }
 
 // M rows in blocks of nearly equal size, each of at most `most` rows.
-struct Blocks {
-  int64_t count, base, longer;
-  Blocks(int64_t rows, int64_t most) : count((rows + most - 1) / most), base(count ? rows / count : 0), longer(count ? rows % count : 0) {}
-  int rows(int64_t block) const { return static_cast<int>(base + (block < longer)); }
-  int64_t first(int64_t block) const { return block * base + std::min(block, longer); }
-};
+std::vector<Block> blocks_of(int64_t rows, int64_t most) {
+  const int64_t count = (rows + most - 1) / most;
+  std::vector<Block> blocks;
+  for (int64_t i = 0, top = 0; i < count; top += blocks.back().rows, ++i) blocks.push_back({top, static_cast<int>((rows - top) / (count - i))});
+  return blocks;
+}
 
 int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;
@@ -182,54 +181,57 @@ struct InputScales {
   }
 };
 
-// Rows of x as integers, block by block: (steps, rows) of four int8 each, of which `order` says where in eight they come from.
-struct Integers {
-  std::unique_ptr<int32_t[]> values;
-  int64_t steps;
-  const int32_t* block(int64_t first_row) const { return values.get() + first_row * steps; }
-};
-
+// Rows of x as integers, in parts of `part` steps of four channels: (parts, blocks, steps of the part, rows of the block). `four` takes a row
+// of int8 and a step.
 template <class Four>
-Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, const std::vector<float>& scales, const Blocks& blocks,
-                     Four&& four) {
-  Integers integers{room<int32_t>(scales.size() * steps), steps};
+std::unique_ptr<int32_t[]> integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part,
+                                       const std::vector<float>& scales, const std::vector<Block>& blocks, Four&& four) {
+  const int64_t m = scales.size();
+  auto integers = room<int32_t>(m * steps);
   const char* values = static_cast<const char*>(x.data_ptr());
   const Type type = type_of(x);
-  parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto floats = room<float>(k);
     std::vector<int8_t> row(steps * 4);
-    for (int64_t block = begin; block < end; ++block) {
-      const int rows = blocks.rows(block);
-      int32_t* to = integers.values.get() + blocks.first(block) * steps;
-      for (int r = 0; r < rows; ++r) {
-        const int64_t at = blocks.first(block) + r;
-        kernels.read(type, values + at * k * size_of(type), k, floats.get());
-        kernels.quantize(floats.get(), k, scales[at], row.data());
-        for (int64_t step = 0; step < steps; ++step) to[step * rows + r] = four(row.data(), step);
+    for (int64_t b = begin; b < end; ++b) {
+      const Block& block = blocks[b];
+      for (int r = 0; r < block.rows; ++r) {
+        kernels.read(type, values + (block.top + r) * k * size_of(type), k, floats.get());
+        kernels.quantize(floats.get(), k, scales[block.top + r], row.data());
+        for (int64_t start = 0; start < steps; start += part) {
+          const int64_t count = std::min(part, steps - start);
+          int32_t* to = integers.get() + start * m + block.top * count + r;
+          for (int64_t step = 0; step < count; ++step) to[step * block.rows] = four(row.data(), start + step);
+        }
       }
     }
   });
   return integers;
 }
 
-// Calls work(panel, first block, last block) for all panels and blocks of rows, in parallel.
+// Calls work(panel, blocks, first block) for all panels and blocks of rows, in parallel.
 template <class Work>
-void for_panels(int64_t panels, int64_t blocks, Work&& work) {
-  // Where there are hardly more panels than threads, each panel's rows are divided too, but not for a few rows: weights would be read twice.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::max<int64_t>(1, std::min(blocks / 8, (4 * threads + panels - 1) / panels));
+void for_panels(int64_t panels, const std::vector<Block>& blocks, Work&& work) {
+  // Where there are hardly more panels than threads, each panel's rows are divided too, but not into few: weights are read for each part.
+  const int64_t threads = torch::stable::get_num_threads(), count = blocks.size();
+  const int64_t parts = std::max<int64_t>(1, std::min(count / 8, (4 * threads + panels - 1) / panels));
   parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) work(item / parts, item % parts * blocks / parts, (item % parts + 1) * blocks / parts);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % parts * count / parts, last = (item % parts + 1) * count / parts;
+      work(item / parts, last - first, blocks.data() + first);
+    }
   });
 }
 
-// The part of the next panel that is fetched while `block`, the i-th of `count`, goes over this one of so many bytes.
-Ahead ahead_of(const char* panel, int64_t bytes, int64_t i, int64_t count) {
-  if (count == 1) return {nullptr, kOwn};
-  const int lines = count >= 4 ? 1 : 2;
-  if (i >= 4 / lines) return {nullptr, 0};
-  return {panel + bytes + i * lines * (bytes / 4), lines};
-}
+// A panel's output channels, for the rows of some blocks.
+struct Panel {
+  int64_t n, first, channels, top, rows;
+  Panel(int64_t panel, int64_t n, int64_t count, const Block* block)
+      : n(n), first(panel * kPanel), channels(std::min<int64_t>(kPanel, n - first)), top(block->top),
+        rows(block[count - 1].top + block[count - 1].rows - top) {}
+  // Where the results of its row r are.
+  void* row(const Tensor& y, int64_t r) const { return static_cast<char*>(y.data_ptr()) + ((top + r) * n + first) * size_of(type_of(y)); }
+};
 
 // A bias in float32, or null.
 std::unique_ptr<float[]> floats_of(const Kernels& kernels, const std::optional<Tensor>& given, int64_t count) {
@@ -257,10 +259,11 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correct
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
-  const Blocks blocks(m, kernels.rows);
+  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
+  const int64_t chunk = blocks.size() == 1 ? steps : kChunk;
   const auto scales = InputScales{per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr}(kernels, x, m, k);
   const int32_t flip = kernels.unsigned_x ? static_cast<int32_t>(0x80808080) : 0;  // of the sign bits: adds 128
-  const Integers integers = integers_of(kernels, x, k, steps, scales, blocks, [flip](const int8_t* row, int64_t step) {
+  const auto integers = integers_of(kernels, x, k, steps, chunk, scales, blocks, [flip](const int8_t* row, int64_t step) {
     int32_t four;
     std::memcpy(&four, row + step * 4, 4);
     return four ^ flip;
@@ -269,19 +272,14 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correct
   const int8_t* weight = static_cast<const int8_t*>(packed.data_ptr());
   const int32_t* corrections = static_cast<const int32_t*>(correction.data_ptr());
   const float* of_channel = static_cast<const float*>(weight_scale.data_ptr());
-  char* out = static_cast<char*>(y.data_ptr());
-  for_panels(round_up(n, kPanel) / kPanel, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
-    alignas(64) float sums[kMostRows * kPanel];
-    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = steps * kPanel * 4;
-    const int8_t* of_panel = weight + panel * bytes;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t top = blocks.first(block);
-      kernels.w8(blocks.rows(block), {integers.block(top), steps, of_panel, corrections + first,
-                                      ahead_of(reinterpret_cast<const char*>(of_panel), bytes, block - begin, end - begin), sums});
-      for (int r = 0; r < blocks.rows(block); ++r) {
-        kernels.write(type, sums + r * kPanel, channels, scales[top + r], of_channel + first, offset ? offset.get() + first : nullptr,
-                      out + ((top + r) * n + first) * size_of(type));
-      }
+  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
+    const Panel at(panel, n, count, block);
+    const auto sums = room<int32_t>(at.rows * kPanel);
+    std::fill_n(sums.get(), at.rows * kPanel, 0);  // K may be 0
+    kernels.w8(count, block, {integers.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, corrections + at.first, sums.get()});
+    for (int64_t r = 0; r < at.rows; ++r) {
+      kernels.write(type, reinterpret_cast<const float*>(sums.get()) + r * kPanel, at.channels, scales[at.top + r], of_channel + at.first,
+                    offset ? offset.get() + at.first : nullptr, at.row(y, r));
     }
   });
   return y;
@@ -299,23 +297,32 @@ struct Weight4 {
                         scale.size(0) == panels && (!zero_point || zero_point->numel() == scale.numel()),
                     "the packed weight does not fit x and the scales");
     steps = k / groups / 8;
-    tile = {nullptr, 0, nullptr, groups, steps, nullptr, type_of(scale), scale.data_ptr(), nullptr, {nullptr, 0}, nullptr};
+    tile = {nullptr, nullptr, rows_of(x), groups, steps, nullptr, type_of(scale), scale.data_ptr(), nullptr, nullptr};
     tile.weight = static_cast<const uint32_t*>(packed.data_ptr());
     tile.zero_point = zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr;
   }
 
-  W4Tile of_panel(int64_t panel) const {
-    W4Tile t = tile;
-    const int64_t scales = panel * groups * kPanel;
-    t.weight += panel * kPanel * (k / 8);
-    t.scale = static_cast<const char*>(t.scale) + scales * size_of(t.scale_type);
-    if (t.zero_point) t.zero_point += scales;
-    return t;
+  // y = product of the prepared activations with the weight, times a scale of each row if there are any, + bias.
+  void multiply(const std::vector<Block>& blocks, const int32_t* x, const float* sums, decltype(Kernels::w4) product, const float* row_scales,
+                const float* bias, const Tensor& y) const {
+    for_panels(panels, blocks, [&](int64_t panel, int64_t count, const Block* block) {
+      const Panel at(panel, n, count, block);
+      const auto result = room<float>(at.rows * kPanel);
+      W4Tile t = tile;
+      t.x = x;
+      t.sums = sums;
+      t.weight += panel * kPanel * (k / 8);
+      t.scale = static_cast<const char*>(t.scale) + panel * groups * kPanel * size_of(t.scale_type);
+      if (t.zero_point) t.zero_point += panel * groups * kPanel;
+      t.y = result.get();
+      product(count, block, t);
+      for (int64_t r = 0; r < at.rows; ++r) {
+        kernels.write(type_of(y), result.get() + r * kPanel, at.channels, row_scales ? row_scales[at.top + r] : 1.0f, nullptr,
+                      bias ? bias + at.first : nullptr, at.row(y, r));
+      }
+    });
   }
 };
-
-// From this many rows on, weights are decoded once for all blocks of rows.
-constexpr int64_t kManyRows = 16;
 
 // x (..., K) in float -> (..., N): y = x @ ((nibble - 8 - zero_point) * scale).T + bias. `scale` in any float dtype and `zero_point` int8 are
 // (panels, groups, 64), `bias` (N,) in float.
@@ -332,60 +339,35 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   if (m == 0 || n == 0) return y;
 
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16;
-  const Blocks blocks(m, kernels.rows);
-  const int64_t of_row = pairs ? k / 2 : k, of_group = of_row / groups;  // 32-bit numbers
-  const auto prepared = room<int32_t>(m * of_row);  // (groups, blocks, channels of a group, rows of a block): many blocks are read group by group
+  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
+  const int64_t of_group = pairs ? group_size / 2 : group_size;  // 32-bit numbers
+  const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(m * groups);
   const char* values = static_cast<const char*>(x.data_ptr());
-  parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
-    for (int64_t block = begin; block < end; ++block) {
-      const int rows = blocks.rows(block);
-      const int64_t top = blocks.first(block);
+    for (int64_t b = begin; b < end; ++b) {
+      const auto [top, rows] = blocks[b];
       for (int r = 0; r < rows; ++r) {
         const char* from = values + (top + r) * k * size_of(type);
         kernels.read(type, from, k, row.get());
+        for (int64_t group = 0; group < groups; ++group) {
+          float sum = 0;
+          for (int64_t i = group * group_size; i < (group + 1) * group_size; ++i) sum += row[i];
+          sums[group * m + top + r] = sum;
+        }
+        if (!pairs) {
+          for (int64_t i = 0; i < k; ++i) row[i] *= kernels.x_scale[i % 8];
+        }
         const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
         for (int64_t group = 0; group < groups; ++group) {
           int32_t* to = prepared.get() + (group * m + top) * of_group + r;
           for (int64_t i = 0; i < of_group; ++i) std::memcpy(to + i * rows, numbers + (group * of_group + i) * 4, 4);
-          float sum = 0;
-          for (int64_t i = group * group_size; i < (group + 1) * group_size; ++i) sum += row[i];
-          sums[top * groups + group * rows + r] = sum;
         }
       }
     }
   });
-
-  char* out = static_cast<char*>(y.data_ptr());
-  for_panels(weight.panels, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
-    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = k / 8 * kPanel * 4;
-    const int64_t top = blocks.first(begin), rows = blocks.first(end) - top;
-    const auto result = room<float>(rows * kPanel);
-    W4Tile t = weight.of_panel(panel);
-    t.x_stride = m * of_group;
-    if (rows >= kManyRows) {
-      std::vector<W4Block> parts;
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t at = blocks.first(block);
-        parts.push_back({prepared.get() + at * of_group, sums.get() + at * groups, result.get() + (at - top) * kPanel, blocks.rows(block)});
-      }
-      (pairs ? kernels.w4_bfloat16_blocks : kernels.w4_blocks)(parts.size(), parts.data(), t);
-    } else {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t at = blocks.first(block);
-        t.x = prepared.get() + at * of_group;
-        t.sums = sums.get() + at * groups;
-        t.ahead = ahead_of(reinterpret_cast<const char*>(t.weight), bytes, block - begin, end - begin);
-        t.y = result.get() + (at - top) * kPanel;
-        (pairs ? kernels.w4_bfloat16 : kernels.w4)(blocks.rows(block), t);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      kernels.write(type, result.get() + r * kPanel, channels, 1.0f, nullptr, offset ? offset.get() + first : nullptr,
-                    out + ((top + r) * n + first) * size_of(type));
-    }
-  });
+  weight.multiply(blocks, prepared.get(), sums.get(), pairs ? kernels.w4_bfloat16 : kernels.w4, nullptr, offset.get(), y);
   return y;
 }
 
@@ -396,15 +378,14 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
   const Weight4 weight(kernels, x, packed, scale, zero_point, n);
-  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, steps = k / 4, steps_of_group = steps / groups;
-  const Type type = type_of(x);
+  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, of_group = k / groups / 4;
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
-  const Blocks blocks(m, kernels.rows);
+  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
   const auto scales = InputScales{true, nullptr}(kernels, x, m, k);
-  const Integers integers = integers_of(kernels, x, k, steps, scales, blocks, [](const int8_t* row, int64_t step) {
+  const auto integers = integers_of(kernels, x, k, k / 4, of_group, scales, blocks, [](const int8_t* row, int64_t step) {
     int8_t four[4];
     for (int i = 0; i < 4; ++i) four[i] = row[step / 2 * 8 + kByteOrder[step % 2 * 4 + i]];
     int32_t together;
@@ -412,39 +393,17 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
     return together;
   });
   const auto sums = room<float>(m * groups);
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const int rows = blocks.rows(block);
-    const int8_t* of_block = reinterpret_cast<const int8_t*>(integers.block(blocks.first(block)));
+  for (const auto& [top, rows] : blocks) {
     for (int64_t group = 0; group < groups; ++group) {
+      const int8_t* of_block = reinterpret_cast<const int8_t*>(integers.get() + (group * m + top) * of_group);
       for (int r = 0; r < rows; ++r) {
         int32_t sum = 0;
-        for (int64_t step = group * steps_of_group; step < (group + 1) * steps_of_group; ++step) {
-          for (int i = 0; i < 4; ++i) sum += of_block[(step * rows + r) * 4 + i];
-        }
-        sums[blocks.first(block) * groups + group * rows + r] = static_cast<float>(sum);
+        for (int64_t i = 0; i < of_group * 4; ++i) sum += of_block[(i / 4 * rows + r) * 4 + i % 4];
+        sums[group * m + top + r] = static_cast<float>(sum);
       }
     }
   }
-
-  char* out = static_cast<char*>(y.data_ptr());
-  for_panels(weight.panels, blocks.count, [&](int64_t panel, int64_t begin, int64_t end) {
-    alignas(64) float result[kMostRows * kPanel];
-    const int64_t first = panel * kPanel, channels = std::min<int64_t>(kPanel, n - first), bytes = k / 8 * kPanel * 4;
-    W4Tile t = weight.of_panel(panel);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t top = blocks.first(block);
-      t.x = integers.block(top);
-      t.x_stride = steps_of_group * blocks.rows(block);
-      t.sums = sums.get() + top * groups;
-      t.ahead = ahead_of(reinterpret_cast<const char*>(t.weight), bytes, block - begin, end - begin);
-      t.y = result;
-      kernels.w4a8(blocks.rows(block), t);
-      for (int r = 0; r < blocks.rows(block); ++r) {
-        kernels.write(type, result + r * kPanel, channels, scales[top + r], nullptr, offset ? offset.get() + first : nullptr,
-                      out + ((top + r) * n + first) * size_of(type));
-      }
-    }
-  });
+  weight.multiply(blocks, integers.get(), sums.get(), kernels.w4a8, scales.data(), offset.get(), y);
   return y;
 }
 

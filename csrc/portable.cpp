@@ -32,6 +32,7 @@ struct Portable {
     __builtin_memcpy(out.v, p, sizeof out.v);
     return out;
   }
+  static SQPLUS_INLINE void store_int(int32_t* p, const Int& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
   static SQPLUS_INLINE Int add_int(const Int& a, const Int& b) {
     return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
   }
@@ -83,6 +84,7 @@ struct Portable {
   static SQPLUS_INLINE Int dot8(const Int& sum, const Int& low, const Int& x, const Int& high, const Int& y) {
     return dot4(dot4(sum, x, low), y, high);
   }
+  static constexpr float x_scale(int) { return 1; }
   template <int shift>
   static SQPLUS_INLINE Float nibble(const Int& packed) {
     return each([&](int i) { return static_cast<float>((static_cast<uint32_t>(packed.v[i]) >> shift) & 15); });

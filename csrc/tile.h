@@ -10,45 +10,58 @@ namespace {
 
 // How many vectors of a panel are worked on at once: as many as there are registers for accumulators.
 template <class V>
-constexpr int vectors_for(int accumulators_of_one) {
+constexpr int vectors_for(int rows) {
   constexpr int all = kPanel / V::width;
-  const int room = V::accumulators / accumulators_of_one;
+  const int room = V::accumulators / rows;
   return room >= all ? all : room >= 4 ? 4 : 2;
 }
 
-// For each step through 256 bytes of weights at `own`.
-template <class V>
-SQPLUS_INLINE void prefetch(const Ahead& ahead, const void* own, int64_t step) {
-  if (ahead.lines == kOwn) {
-    unroll<4>(SQPLUS_EACH(i) { V::template prefetch<true>(static_cast<const char*>(own) + 4096 + i * 64); });
-  } else if (ahead.lines > 0) {
-    V::template prefetch<false>(ahead.from + step * ahead.lines * 64);
-    if (ahead.lines == 2) V::template prefetch<false>(ahead.from + step * 128 + 64);
-  }
+// The 256 bytes of weights `ahead` bytes from a step's own.
+template <class V, bool soon>
+SQPLUS_INLINE void prefetch(const void* own, int64_t ahead) {
+  unroll<4>(SQPLUS_EACH(i) { V::template prefetch<soon>(static_cast<const char*>(own) + ahead + i * 64); });
 }
 
+// One chunk for one block of rows. The first block fetches the next chunk meanwhile; where there is one block, its own weights a little ahead.
 template <class V, int R>
-void w8_rows(const W8Tile& t) {
+SQPLUS_NOINLINE void w8_rows(const W8Tile& t, const int32_t* x, int64_t start, int64_t steps, bool fetch, int32_t* y) {
   constexpr int H = vectors_for<V>(R);
+  const int64_t ahead = t.chunk < t.steps ? steps * kPanel * 4 : 4096;
   for (int from = 0; from < kPanel; from += H * V::width) {
     typename V::Int sum[R * H];
-    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
-    for (int64_t k = 0; k < t.steps; ++k) {
-      const int8_t* w = t.weight + k * kPanel * 4 + from * 4;
-      if (from == 0) prefetch<V>(t.ahead, w, k);
+    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = start == 0 ? V::zero_int() : V::load_int(y + (i / H) * kPanel + from + (i % H) * V::width); });
+    for (int64_t k = 0; k < steps; ++k) {
+      const int8_t* w = t.weight + (start + k) * kPanel * 4 + from * 4;
+      if (fetch && from == 0) prefetch<V, true>(w, ahead);
       unroll<R>(SQPLUS_EACH(r) {
-        const auto x = V::broadcast_int(t.x[k * R + r]);
+        const auto four = V::broadcast_int(x[k * R + r]);
         // Weights stay in registers where there are 32; elsewhere they are read again, from the first-level cache.
         const int8_t* again = w;
         if constexpr (V::width < 16) asm volatile("" : "+r"(again));
-        unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], x, V::load_int(again + h * V::width * 4)); });
+        unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], four, V::load_int(again + h * V::width * 4)); });
       });
     }
     unroll<R * H>(SQPLUS_EACH(i) {
       constexpr int h = i % H;
-      if constexpr (V::unsigned_x) sum[i] = V::subtract(sum[i], V::load_int(t.correction + from + h * V::width));
-      V::store(t.y + (i / H) * kPanel + from + h * V::width, V::to_float(sum[i]));
+      int32_t* place = y + (i / H) * kPanel + from + h * V::width;
+      if (start + steps < t.steps) {
+        V::store_int(place, sum[i]);
+      } else {
+        if constexpr (V::unsigned_x) sum[i] = V::subtract(sum[i], V::load_int(t.correction + from + h * V::width));
+        V::store(reinterpret_cast<float*>(place), V::to_float(sum[i]));
+      }
     });
+  }
+}
+
+template <class V>
+void w8(int64_t blocks, const Block* block, const W8Tile& t) {
+  for (int64_t start = 0; start < t.steps; start += t.chunk) {
+    const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t* x = t.x + start * t.rows + block[b].top * steps;
+      with_rows<V::rows>(block[b].rows, [&](auto r) { w8_rows<V, r>(t, x, start, steps, b == 0, t.y + (block[b].top - block->top) * kPanel); });
+    }
   }
 }
 
@@ -68,121 +81,140 @@ SQPLUS_INLINE typename V::Float zero_at(const W4Tile& t, int64_t i) {
   return t.zero_point ? V::add(V::load_int8(t.zero_point + i), eight) : eight;
 }
 
-// total += (sum - zero * sums of the activations) * scale, for group g and H vectors from channel `from` on.
+// y += (sum - zero * sums of the activations) * scale, for group g, R rows and H vectors from channel `from` on.
 template <class V, int R, int H>
-SQPLUS_INLINE void add_group(const W4Tile& t, const float* sums, int64_t g, int from, const typename V::Float* sum, float* total) {
+SQPLUS_INLINE void add_group(const W4Tile& t, const float* sums, int64_t g, int from, const typename V::Float* sum, float* y) {
   unroll<H>(SQPLUS_EACH(h) {
     const int64_t i = g * kPanel + from + h * V::width;
     const auto scale = scale_at<V>(t, i);
     const auto zero = zero_at<V>(t, i);
     unroll<R>(SQPLUS_EACH(r) {
-      float* place = total + r * kPanel + from + h * V::width;
-      const auto shifted = V::fnma(zero, V::broadcast(sums[g * R + r]), sum[r * H + h]);
+      float* place = y + r * kPanel + from + h * V::width;
+      const auto shifted = V::fnma(zero, V::broadcast(sums[r]), sum[r * H + h]);
       V::store(place, V::fma(shifted, scale, g == 0 ? V::broadcast(0.0f) : V::load(place)));
     });
   });
 }
 
+// A group for one block of rows alone: nibbles are decoded on the way.
 template <class V, int R>
-void w4_rows(const W4Tile& t) {
-  constexpr int H = vectors_for<V>(R);
+SQPLUS_NOINLINE void w4_one(const W4Tile& t, int64_t g, const float* of_group, const float* sums, float* y) {
+  constexpr int H = vectors_for<V>(R), pair = R <= 2 ? 2 : 1;
   for (int from = 0; from < kPanel; from += H * V::width) {
-    const uint32_t* w = t.weight + from;
-    for (int64_t g = 0, step = 0; g < t.groups; ++g) {
-      const float* x = static_cast<const float*>(t.x) + g * t.x_stride;
-      typename V::Float sum[R * H];
-      unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
-      for (int64_t k = 0; k < t.steps; ++k, ++step, w += kPanel, x += 8 * R) {
-        if (from == 0) prefetch<V>(t.ahead, w, step);
-        unroll<H>(SQPLUS_EACH(h) {
-          const auto packed = V::load_int(w + h * V::width);
-          // Or the compiler would keep all 8 R numbers for the next vector, in registers that there are not.
-          const float* again = x;
-          asm volatile("" : "+r"(again));
-          unroll<8>(SQPLUS_EACH(e) {
-            const auto nibble = V::template nibble<nibble_shift(e)>(packed);
+    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
+    const float* x = of_group;
+    typename V::Float sum[R * H];
+    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
+    for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 8 * R) {
+      if (from == 0) prefetch<V, true>(w, 4096);
+      unroll<H / pair>(SQPLUS_EACH(p) {
+        typename V::Int packed[pair];
+        unroll<pair>(SQPLUS_EACH(i) { packed[i] = V::load_int(w + (p * pair + i) * V::width); });
+        // Or the compiler would keep all 8 R numbers for the next vectors, in registers that there are not.
+        const float* again = x;
+        asm volatile("" : "+r"(again));
+        unroll<8>(SQPLUS_EACH(e) {
+          unroll<pair>(SQPLUS_EACH(i) {
+            constexpr int h = p * pair + i;
+            const auto nibble = V::template nibble<nibble_shift(e)>(packed[i]);
             unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(nibble, V::broadcast(again[e * R + r]), sum[r * H + h]); });
           });
         });
-      }
-      add_group<V, R, H>(t, t.sums, g, from, sum, t.y);
+      });
     }
+    add_group<V, R, H>(t, sums, g, from, sum, y);
   }
 }
 
-// Many rows: each group of weights is decoded once and then used by all. The sums are added in the same order as in w4_rows.
+// Decoded weights (channels of a group, 32) times one block of rows.
+template <class V, int R>
+SQPLUS_NOINLINE void w4_decoded(const W4Tile& t, int64_t g, int from, const float* decoded, const float* x, const float* sums, float* y) {
+  constexpr int H = 32 / V::width;
+  typename V::Float sum[R * H];
+  unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
+  for (int64_t k = 0; k < t.steps * 8; ++k) {
+    unroll<H>(SQPLUS_EACH(h) {
+      const auto weight = V::load(decoded + k * 32 + h * V::width);
+      unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(weight, V::broadcast(x[k * R + r]), sum[r * H + h]); });
+    });
+  }
+  add_group<V, R, H>(t, sums, g, from, sum, y);
+}
+
+// A group for many blocks of rows: nibbles are decoded once, 32 channels at a time, which stay in the first-level cache. Sums are added in the same
+// order as in w4_one.
 template <class V>
-void w4_blocks(int64_t blocks, const W4Block* block, const W4Tile& t) {
-  alignas(64) float decoded[128 * kPanel];
-  for (int64_t g = 0; g < t.groups; ++g) {
-    const uint32_t* w = t.weight + g * t.steps * kPanel;
+void w4_many(const W4Tile& t, int64_t g, const float* of_group, int64_t blocks, const Block* block) {
+  constexpr int H = 32 / V::width;
+  alignas(64) float decoded[128 * 32];
+  for (int from = 0; from < kPanel; from += 32) {
+    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
     for (int64_t k = 0; k < t.steps; ++k) {
-      unroll<4>(SQPLUS_EACH(line) { V::template prefetch<false>(w + (t.steps + k) * kPanel + line * 16); });  // the next group
-      unroll<kPanel / V::width>(SQPLUS_EACH(h) {
+      if (from == 0) prefetch<V, true>(w + k * kPanel, t.steps * kPanel * 4);  // the next group
+      unroll<H>(SQPLUS_EACH(h) {
         const auto packed = V::load_int(w + k * kPanel + h * V::width);
-        unroll<8>(SQPLUS_EACH(e) { V::store(decoded + (k * 8 + e) * kPanel + h * V::width, V::template nibble<nibble_shift(e)>(packed)); });
+        unroll<8>(SQPLUS_EACH(e) { V::store(decoded + (k * 8 + e) * 32 + h * V::width, V::template nibble<nibble_shift(e)>(packed)); });
       });
     }
     for (int64_t b = 0; b < blocks; ++b) {
       with_rows<V::rows>(block[b].rows, [&](auto rows) {
-        constexpr int R = rows, H = vectors_for<V>(R);
-        const float* x = static_cast<const float*>(block[b].x) + g * t.x_stride;
-        for (int from = 0; from < kPanel; from += H * V::width) {
-          typename V::Float sum[R * H];
-          unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
-          for (int64_t k = 0; k < t.steps * 8; ++k) {
-            unroll<H>(SQPLUS_EACH(h) {
-              const auto weight = V::load(decoded + k * kPanel + from + h * V::width);
-              unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(weight, V::broadcast(x[k * R + r]), sum[r * H + h]); });
-            });
-          }
-          add_group<V, R, H>(t, block[b].sums, g, from, sum, block[b].y);
-        }
+        const int64_t top = block[b].top;
+        w4_decoded<V, rows>(t, g, from, decoded, of_group + top * t.steps * 8, t.sums + g * t.rows + top, t.y + (top - block->top) * kPanel);
       });
+    }
+  }
+}
+
+template <class V>
+void w4(int64_t blocks, const Block* block, const W4Tile& t) {
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const float* x = static_cast<const float*>(t.x) + g * t.steps * 8 * t.rows;
+    if (blocks == 1) {
+      with_rows<V::rows>(block->rows, [&](auto r) {
+        w4_one<V, r>(t, g, x + block->top * t.steps * 8, t.sums + g * t.rows + block->top, t.y);
+      });
+    } else {
+      w4_many<V>(t, g, x, blocks, block);
     }
   }
 }
 
 // Integer activations: sums of a group are exact, scales of groups are applied in float32.
 template <class V, int R>
-void w4a8_rows(const W4Tile& t) {
+SQPLUS_NOINLINE void w4a8_rows(const W4Tile& t, int64_t g, const int32_t* of_group, const float* sums, bool fetch, float* y) {
   constexpr int H = vectors_for<V>(R);
   for (int from = 0; from < kPanel; from += H * V::width) {
-    const uint32_t* w = t.weight + from;
-    for (int64_t g = 0, step = 0; g < t.groups; ++g) {
-      const int32_t* x = static_cast<const int32_t*>(t.x) + g * t.x_stride;
-      typename V::Int sum[R * H];
-      unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
-      for (int64_t k = 0; k < t.steps; ++k, ++step, w += kPanel, x += 2 * R) {
-        if (from == 0) prefetch<V>(t.ahead, w, step);
-        unroll<H>(SQPLUS_EACH(h) {
-          const auto packed = V::load_int(w + h * V::width);
-          const auto low = V::low_nibbles(packed), high = V::high_nibbles(packed);
-          unroll<R>(SQPLUS_EACH(r) {
-            sum[r * H + h] = V::dot8(sum[r * H + h], low, V::broadcast_int(x[r]), high, V::broadcast_int(x[R + r]));
-          });
+    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
+    const int32_t* x = of_group;
+    typename V::Int sum[R * H];
+    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
+    for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 2 * R) {
+      if (fetch && from == 0) prefetch<V, true>(w, 4096);
+      unroll<H>(SQPLUS_EACH(h) {
+        const auto packed = V::load_int(w + h * V::width);
+        const auto low = V::low_nibbles(packed), high = V::high_nibbles(packed);
+        unroll<R>(SQPLUS_EACH(r) {
+          sum[r * H + h] = V::dot8(sum[r * H + h], low, V::broadcast_int(x[r]), high, V::broadcast_int(x[R + r]));
         });
-      }
-      typename V::Float floats[R * H];
-      unroll<R * H>(SQPLUS_EACH(i) { floats[i] = V::to_float(sum[i]); });
-      add_group<V, R, H>(t, t.sums, g, from, floats, t.y);
+      });
     }
+    typename V::Float floats[R * H];
+    unroll<R * H>(SQPLUS_EACH(i) { floats[i] = V::to_float(sum[i]); });
+    add_group<V, R, H>(t, sums, g, from, floats, y);
   }
 }
 
 template <class V>
-void w8(int rows, const W8Tile& t) {
-  with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t); });
-}
-
-template <class V>
-void w4(int rows, const W4Tile& t) {
-  with_rows<V::rows>(rows, [&](auto r) { w4_rows<V, r>(t); });
-}
-
-template <class V>
-void w4a8(int rows, const W4Tile& t) {
-  with_rows<V::rows>(rows, [&](auto r) { w4a8_rows<V, r>(t); });
+void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int32_t* x = static_cast<const int32_t*>(t.x) + g * t.steps * 2 * t.rows;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t top = block[b].top;
+      with_rows<V::rows>(block[b].rows, [&](auto r) {
+        w4a8_rows<V, r>(t, g, x + top * t.steps * 2, t.sums + g * t.rows + top, b == 0, t.y + (top - block->top) * kPanel);
+      });
+    }
+  }
 }
 
 template <class V>
@@ -236,8 +268,22 @@ int64_t peak_float32(int64_t iterations) {
 
 template <class V>
 constexpr Kernels kernels_of(const char* name) {
-  return {name, V::rows, V::unsigned_x, w8<V>, w4<V>, w4_blocks<V>, nullptr, nullptr, w4a8<V>, read_row, absolute_maximum_of, quantize_row, write_row,
-          read_memory<V>, peak_int8<V>, peak_float32<V>, nullptr};
+  Kernels kernels{};
+  kernels.name = name;
+  kernels.rows = V::rows;
+  kernels.unsigned_x = V::unsigned_x;
+  for (int e = 0; e < 8; ++e) kernels.x_scale[e] = V::x_scale(nibble_shift(e));
+  kernels.w8 = w8<V>;
+  kernels.w4 = w4<V>;
+  kernels.w4a8 = w4a8<V>;
+  kernels.read = read_row;
+  kernels.absolute_maximum = absolute_maximum_of;
+  kernels.quantize = quantize_row;
+  kernels.write = write_row;
+  kernels.read_memory = read_memory<V>;
+  kernels.peak_int8 = peak_int8<V>;
+  kernels.peak_float32 = peak_float32<V>;
+  return kernels;
 }
 
 }  // namespace

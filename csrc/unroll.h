@@ -4,6 +4,8 @@
 #include <utility>
 
 #define SQPLUS_INLINE inline __attribute__((always_inline))
+// A function of its own, with all registers for its loop: nothing that its caller needs is kept in them.
+#define SQPLUS_NOINLINE __attribute__((noinline))
 #define SQPLUS_EACH(i) [&](auto i) __attribute__((always_inline))
 
 namespace sqplus {

@@ -169,7 +169,7 @@ def test_nan_is_visible_with_static_scales(level: str) -> None:
     assert y[2].isnan().all() and torch.isfinite(y[:2]).all()
 
 
-@pytest.mark.parametrize("power", [-120, -30, 30, 100])
+@pytest.mark.parametrize("power", [-90, -30, 30, 100])
 def test_extreme_scales(power: int, level: str) -> None:
     x = torch.randn(5, 128) * 2.0**power
     for scheme in (INT8[0], INT8[1]):

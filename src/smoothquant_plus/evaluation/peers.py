@@ -109,6 +109,8 @@ def onnxruntime_int8(weights: Weights) -> Product:
     """Activations unsigned with one scale and zero point for all tokens, which is what the operator has."""
     from onnx import TensorProto, helper, numpy_helper
 
+    if cpu_method() != "unsigned":
+        raise InputError("this processor has no VNNI, without which the product saturates")
     weight = weights.quantized["w8a8"]
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], ["integers", "scale", "zero"]),
