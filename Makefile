@@ -24,7 +24,7 @@ bench: setup
 # The kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, and on one where functions stand for AVX-512.
 KERNEL_TESTS := tests/runtime/test_cpu.py tests/runtime/test_kernels.py
 sanitize: dev
-	$(call build_kernels,build/sanitize,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
+	$(call build_kernels,build/sanitize,-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		SQPLUS_LIBRARY=build/sanitize/smoothquant_plus/_cpu.abi3.so $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
 emulate: dev

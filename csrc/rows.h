@@ -51,7 +51,9 @@ inline uint16_t to_half(float value) {
 inline void read_row(Type type, const void* x, int64_t count, float* to) {
   const uint16_t* bits = static_cast<const uint16_t*>(x);
   switch (type) {
-    case Type::kFloat: std::memcpy(to, x, count * sizeof(float)); return;
+    case Type::kFloat:
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const float*>(x)[i];
+      return;
     case Type::kBFloat16:
       for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat16(bits[i]);
       return;
