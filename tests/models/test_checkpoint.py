@@ -113,6 +113,20 @@ def test_a_layer_of_another_size_is_refused(tmp_path: Path) -> None:
         read_linear(Checkpoint(tmp_path), NAME, scheme, 5, 128)
 
 
+@pytest.mark.parametrize("scheme", GROUPED, ids=name_of)
+def test_the_shape_may_be_missing(scheme: Scheme, tmp_path: Path) -> None:
+    """As it is where vLLM could not read it, and vLLM itself does without."""
+    weight, _ = quantized(scheme, 5, 384, torch.float16)
+    (tmp_path / CONFIG).write_text("{}")
+    tensors = linear_tensors(weight, None)
+    del tensors["weight_shape"]
+    write_shard(tmp_path / SINGLE, {f"{NAME}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    back, _ = read_linear(Checkpoint(tmp_path), NAME, scheme, 5, 384)
+    assert torch.equal(dequantize(back), dequantize(weight))
+    with pytest.raises(InputError, match="must be"):  # and the other tensors still say that it is another layer
+        read_linear(Checkpoint(tmp_path), NAME, scheme, 6, 384)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_a_declared_scheme_comes_back(scheme: Scheme) -> None:
     config = json.loads(json.dumps({"quantization_config": quantization_config(scheme, ["lm_head"], ["lm_head"])}))

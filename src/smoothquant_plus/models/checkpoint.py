@@ -216,17 +216,19 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 # What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), in GPT-2
 # (K, N), float32 `weight_scale` (N, 1) or (1,),
 # and for static activations float32 `input_scale` (1,). 4 bits: int32 `weight_packed` (N, K / 8), `weight_scale` (N, K / g) in the dtype
-# of the weight that was quantized, `weight_shape` int64 (2,), and for asymmetric ones int32 `weight_zero_point` (N / 8, K / g), packed
-# along N. The bias keeps its name and dtype.
+# of the weight that was quantized, `weight_shape` int64 (2,), which may be missing, and for asymmetric ones int32 `weight_zero_point`
+# (N / 8, K / g), packed along N. The bias keeps its name and dtype.
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+SHAPE = "weight_shape"  # of 4-bit layers: known without it
 
 
 def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None, transposed: bool = False) -> dict[str, Tensor]:
     """The tensors that a linear layer is stored as, by suffix; `transposed` if its weight is a Conv1D's, which matters for 8 bits alone."""
     if weight.quant.bits == 4:
         packed = pack_int4(weight.values).view(torch.int32)
-        tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(weight.values.shape)}
+        tensors = {"weight_packed": packed, "weight_scale": weight.scale, SHAPE: torch.tensor(weight.values.shape)}
         if weight.zero_point is not None:
             channels = torch.nn.functional.pad(weight.zero_point.t(), (0, -len(weight.zero_point) % 8), value=INT4_MIN)
             tensors["weight_zero_point"] = pack_int4(channels).view(torch.int32).t()
@@ -244,7 +246,7 @@ def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dt
         layout = {
             "weight_packed": (torch.int32, (rows, columns // 8)),
             "weight_scale": (scale_dtype, (rows, groups)),
-            "weight_shape": (torch.int64, (2,)),
+            SHAPE: (torch.int64, (2,)),
         }
         return layout if scheme.weights.symmetric else {**layout, "weight_zero_point": (torch.int32, (-(-rows // 8), groups))}
     scale = (rows, 1) if scheme.weights.strategy == "channel" else (1,)
@@ -265,6 +267,8 @@ def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, c
     problems = []
     for suffix, (dtype, shape) in stored_layout(checkpoint, name, scheme, rows, columns, transposed).items():
         info = checkpoint.tensors.get(f"{name}.{suffix}")
+        if info is None and suffix == SHAPE:
+            continue
         if info is None:
             problems.append(f"tensor '{name}.{suffix}' is missing")
         elif (info.dtype, info.shape) != (dtype, shape):
@@ -285,14 +289,14 @@ def read_linear(
             f"{checkpoint.directory}: {'; '.join(problems)} as its {CONFIG} declares: it is damaged, or half of another checkpoint."
         )
     layout = stored_layout(checkpoint, name, scheme, rows, columns, transposed)
-    tensors = {suffix: checkpoint.read(f"{name}.{suffix}") for suffix in layout}
+    tensors = {
+        suffix: checkpoint.read(f"{name}.{suffix}") for suffix in layout if suffix != SHAPE or f"{name}.{suffix}" in checkpoint.tensors
+    }
     if scheme.weights.bits == 8:
         values = tensors["weight"].t().contiguous() if transposed else tensors["weight"]
         return QuantizedWeight(values, tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
-    if tensors["weight_shape"].tolist() != [rows, columns]:
-        raise InputError(
-            f"{checkpoint.directory}: '{name}.weight_shape' is {tensors['weight_shape'].tolist()}, and the layer is {[rows, columns]}."
-        )
+    if SHAPE in tensors and tensors[SHAPE].tolist() != [rows, columns]:
+        raise InputError(f"{checkpoint.directory}: '{name}.{SHAPE}' is {tensors[SHAPE].tolist()}, and the layer is {[rows, columns]}.")
     zero_point = tensors.get("weight_zero_point")
     if zero_point is not None:
         zero_point = unpack_int4(zero_point.t().clone(memory_format=torch.contiguous_format).view(torch.uint8))[:, :rows].t().contiguous()

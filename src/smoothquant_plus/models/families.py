@@ -62,7 +62,8 @@ class Family:
     `norm_offset` is 1 for norms that multiply by (1 + weight). `disk_names` are other spellings that a checkpoint may have: a tensor `name` of
     the model is also looked for as re.sub(pattern, replacement, name), for each of them and for several together. `returns_tuple`: whether a
     block's forward gives its hidden states as the first of several values. `transposed`: whether weights of linears are stored (in, out), as
-    GPT-2's Conv1D does. `unquantized` are linears of a block that stay as they are.
+    GPT-2's Conv1D does. `unquantized` are linears of a block that stay as they are. `shapeless` are those whose `weight_shape`, which readers
+    can do without, is left out of 4-bit checkpoints.
     """
 
     blocks: str
@@ -76,6 +77,7 @@ class Family:
     returns_tuple: bool = False
     transposed: bool = False
     unquantized: tuple[str, ...] = ()
+    shapeless: tuple[str, ...] = ()
 
     @field_validator("disk_names")
     @classmethod
@@ -261,6 +263,7 @@ FAMILIES: dict[str, Family] = {
             Refusal({"slow_but_exact": True}, "its code reads the weights of linear layers itself (slow_but_exact; set it to false)"),
         ),
         returns_tuple=True,
+        shapeless=("self_attention.query_key_value",),  # vLLM cuts all that is stored of it into heads
     ),
     "gpt2": Family(
         model_types=("gpt2",),  # what Megatron-LM and MT-NLG checkpoints are converted to

@@ -11,7 +11,7 @@ from torch import nn
 
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
 from smoothquant_plus.models.blocks import Decoder, decoder_blocks, quantized_linears
-from smoothquant_plus.models.checkpoint import linear_layout
+from smoothquant_plus.models.checkpoint import SHAPE, linear_layout
 from smoothquant_plus.models.families import Family
 
 
@@ -20,8 +20,8 @@ def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:
     a tied output head beside the embedding that it shared."""
     total = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     if scheme is not None:
-        for linear, own in quantized_linears(model, family, scheme).values():
-            total += linear_bytes(own, linear, linear.weight.dtype)
+        for path, (linear, own) in quantized_linears(model, family, scheme).items():
+            total += linear_bytes(own, linear, linear.weight.dtype, not path.endswith(family.shapeless))
             if linear.weight is not model.get_input_embeddings().weight:
                 total -= linear.weight.numel() * linear.weight.dtype.itemsize
     return total
@@ -32,16 +32,16 @@ def quantized_bytes(decoder: Decoder, scheme: Scheme) -> int:
     total = decoder.checkpoint.nbytes
     for path, (linear, own) in quantized_linears(decoder.model, decoder.family, scheme).items():
         stored = decoder.checkpoint.tensors[decoder.disk_name(f"{path}.weight")]
-        total += linear_bytes(own, linear, stored.dtype)
+        total += linear_bytes(own, linear, stored.dtype, not path.endswith(decoder.family.shapeless))
         if path != decoder.head_path or decoder.head_is_stored:
             total -= stored.nbytes
     return total
 
 
-def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype) -> int:
-    """Bytes of a quantized linear layer whose weight was in `dtype`, without its bias."""
-    layout = linear_layout(scheme, linear.out_features, linear.in_features, dtype).values()
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout)
+def linear_bytes(scheme: Scheme, linear: Any, dtype: torch.dtype, shaped: bool) -> int:
+    """Bytes of a quantized linear layer whose weight was in `dtype`, without its bias; `shaped`: with its `weight_shape`."""
+    layout = linear_layout(scheme, linear.out_features, linear.in_features, dtype)
+    return sum(dtype.itemsize * math.prod(shape) for suffix, (dtype, shape) in layout.items() if shaped or suffix != SHAPE)
 
 
 def fitting_group_sizes(layers: Mapping[str, tuple[nn.Linear, Scheme]]) -> list[int]:

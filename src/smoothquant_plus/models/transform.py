@@ -25,7 +25,7 @@ from smoothquant_plus.method.smooth import (
     weight_maxima,
 )
 from smoothquant_plus.models.blocks import Decoder, Stream, assign, is_transposed, linears
-from smoothquant_plus.models.checkpoint import linear_tensors
+from smoothquant_plus.models.checkpoint import SHAPE, linear_tensors
 from smoothquant_plus.models.experts import Routing, repeated
 from smoothquant_plus.models.families import Pair
 from smoothquant_plus.models.rows import kv_heads, source_rows
@@ -200,6 +200,8 @@ def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dic
     for name, linear in quantized.items():
         disk = decoder.disk_name(f"{path}.{name}.weight").removesuffix(".weight")
         stored_as = linear_tensors(linear.weight, linear.input_scale, decoder.family.transposed)
+        if name in decoder.family.shapeless:
+            stored_as.pop(SHAPE, None)
         tensors |= {f"{disk}.{suffix}": tensor for suffix, tensor in stored_as.items()}
     # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
     ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
