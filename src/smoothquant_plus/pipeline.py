@@ -362,18 +362,20 @@ def head_note(decoder: Decoder, scheme: Scheme, record: dict[str, Any]) -> str:
 
 
 def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
-    """The linear layers that stay as they are, routers too, under the checkpoint's names: what its readers must not look for integers in."""
+    """The linear layers that stay as they are, routers too: what readers must not look for integers in. Each under the model's name, which
+    transformers looks for, and under its last spelling, which vLLM does: layers of a wrapper are called differently in the two."""
     inside = [set(decoder.linears(index)) for index in range(len(decoder))]
-    names = []
+    kept = []
     for name, module in decoder.model.named_modules():
         if decoder.in_blocks(name):
             number, _, path = name.removeprefix(f"{decoder.family.blocks}.").partition(".")
             weight = getattr(module, "weight", None)
             if weight is not None and weight.ndim == 2 and path not in inside[int(number)]:
-                names.append(decoder.disk_name(f"{name}.weight").removesuffix(".weight"))
+                kept.append(name)
         elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
-            names.append(name)
-    return names
+            kept.append(name)
+    spellings = [decoder.family.spellings(f"{name}.weight") for name in kept]
+    return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
 
 
 def with_own_head(config: dict[str, Any]) -> dict[str, Any]:
