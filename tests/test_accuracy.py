@@ -105,7 +105,7 @@ def test_smoothquant_saves_what_naive_int8_loses(name: str, tmp_path: Path) -> N
     naive = score(tmp_path / "naive")
     found = {}
     for activations in ("token", "tensor", "static"):
-        quantize(planted, tmp_path / activations, activations=activations, calibration=calibration)
+        quantize(planted, tmp_path / activations, activations=activations, calibration=calibration, target="here")
         found[activations] = score(tmp_path / activations)
     print(f"{name}: float {full:.3f}, naive {naive:.3f}, SmoothQuant {found}")  # noqa: T201
     assert naive > 2 * full

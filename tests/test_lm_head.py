@@ -56,7 +56,7 @@ ALIKE = [("w8a8", "w8a8"), ("w4a16", "w4a16")]
 
 def options(blocks: str, head: str) -> dict[str, Any]:
     groups = {"group_size": 32, "symmetric": True} if head == "w4a16" else {}
-    return {**BLOCKS[blocks], **groups, "lm_head": head}
+    return {**BLOCKS[blocks], **groups, "lm_head": head, "target": "here"}
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_transformers_reads_it_by_itself(
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_transformers_dequantizes_zero_points_of_one_scheme(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """It takes the blocks' scheme for every layer then (docs/formats.md), so that of the head must be the same."""
-    quantize(tiny(), tmp_path / "out", scheme="w4a16", group_size=32, lm_head="w4a16", smooth="none")
+    quantize(tiny(), tmp_path / "out", scheme="w4a16", group_size=32, lm_head="w4a16", smooth="none", target="here")
     model = families.auto_class(families.TINY["llama"])
     theirs = model.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True))
     assert relative(logits(load(tmp_path / "out", dtype=torch.float32)), logits(theirs)) < 2 * torch.finfo(torch.float16).eps
@@ -146,7 +146,8 @@ def test_transformers_dequantizes_zero_points_of_one_scheme(tiny: Callable[..., 
 def test_a_head_is_read_and_quantized_in_pieces(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large vocabulary it is larger than a block; and where it is cut changes nothing."""
     for head in SCHEMES:
-        quantize(tiny(), tmp_path / f"whole-{head}", lm_head=head, smooth="none", **({"group_size": 32} if head == "w4a16" else {}))
+        groups = {"group_size": 32} if head == "w4a16" else {}
+        quantize(tiny(), tmp_path / f"whole-{head}", lm_head=head, smooth="none", target="here", **groups)
     read = Checkpoint.read
     sizes: list[int] = []
 
@@ -160,7 +161,8 @@ def test_a_head_is_read_and_quantized_in_pieces(tiny: Callable[..., Path], tmp_p
     monkeypatch.setattr(integers, "PIECE", 4000)
     for head in SCHEMES:
         out = tmp_path / f"pieces-{head}"
-        quantize(tiny(), out, lm_head=head, smooth="none", **({"group_size": 32} if head == "w4a16" else {}))
+        groups = {"group_size": 32} if head == "w4a16" else {}
+        quantize(tiny(), out, lm_head=head, smooth="none", target="here", **groups)
         shard = LAST
         assert (out / shard).read_bytes() == (tmp_path / f"whole-{head}" / shard).read_bytes()
     assert max(sizes) <= 4000 and sum(sizes) == 2 * families.VOCABULARY * 64
@@ -201,7 +203,7 @@ def test_sizes_are_those_of_what_is_written(name: str, tiny: Callable[..., Path]
     for head in SCHEMES:
         sizes = inspect(tiny(name), lm_head=head).sizes
         groups = {"group_size": 32} if head == "w4a16" else {}
-        quantize(tiny(name), tmp_path / head, scheme="w4a16", group_size=32, lm_head=head, smooth="none")
+        quantize(tiny(name), tmp_path / head, scheme="w4a16", group_size=32, lm_head=head, smooth="none", target="here")
         assert Checkpoint(tmp_path / head).nbytes == sizes["w4a16, groups of 32"]
         if head == "w8a8":
             quantize(tiny(name), tmp_path / "w8a8-w8a8", lm_head=head, smooth="none", **groups)

@@ -179,12 +179,6 @@ def test_statistics_count_no_calibration_tokens_and_static_ones_need_no_run(
     verify(tmp_path / "static", against=None)
 
 
-def test_dynamic_per_tensor_activations_are_said_not_to_be_for_vllm(
-    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
-) -> None:
-    assert "vLLM has no dynamic per-tensor" in quantize(tiny(), tmp_path / "out", activations="tensor", calibration=calibration).notes[0]
-
-
 def test_one_text_may_be_named_by_itself(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     first = quantize(tiny(), tmp_path / "a", calibration=Calibration(text=text_file, samples=2, seq_len=16))
     again = quantize(tiny(), tmp_path / "b", calibration=Calibration(text=[str(text_file)], samples=2, seq_len=16))

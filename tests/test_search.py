@@ -103,7 +103,7 @@ def batches_of(source: Path) -> list[torch.Tensor]:
     [
         ("llama", {"scheme": "w8a8", "activations": "static"}),
         ("llama-mha-tied-biases", {"scheme": "w8a8", "activations": "token", "smooth": "all"}),
-        ("opt", {"scheme": "w8a8", "activations": "tensor"}),
+        ("opt", {"scheme": "w8a8", "activations": "tensor", "target": "here"}),
         ("mistral-sliding-window", {"scheme": "w4a16", "group_size": 32, "symmetric": True, "smooth": "all"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["scheme"],

@@ -43,7 +43,10 @@ LINEARS = {"llama": 3 * 7, "opt": 2 * 6}
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any], float]] = {
-    **{"-".join(row): (row[0], dict(zip(("activations", "weights", "smooth"), row[1:], strict=True)), 0.1) for row in SETTINGS},
+    **{
+        "-".join(row): (row[0], dict(zip(("activations", "weights", "smooth", "target"), (*row[1:], "here"), strict=True)), 0.1)
+        for row in SETTINGS
+    },
     **{
         f"{name}-w4a16-{'symmetric' if symmetric else 'asymmetric'}-{smooth}": (
             name,

@@ -23,10 +23,10 @@ from smoothquant_plus.preparation import Calibration
 
 W8A8: dict[str, dict[str, Any]] = {
     "naive, per-token dynamic": {"activations": "token", "smooth": "none"},
-    "naive, per-tensor dynamic": {"activations": "tensor", "smooth": "none"},
+    "naive, per-tensor dynamic": {"activations": "tensor", "smooth": "none", "target": "here"},
     "naive, per-tensor static": {"activations": "static", "smooth": "none"},
     "SmoothQuant O1, per-token dynamic": {"activations": "token"},
-    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor"},
+    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor", "target": "here"},
     "SmoothQuant O3, per-tensor static": {"activations": "static"},
     "SmoothQuant O3, `--smooth all`": {"activations": "static", "smooth": "all"},
     "SmoothQuant O3, weights per tensor": {"activations": "static", "weights": "tensor"},

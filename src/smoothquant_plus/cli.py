@@ -165,6 +165,9 @@ def quantize(
     seq_len: SeqLen = 512,
     compute_dtype: ComputeDtype = "float32",
     device: Device = "cpu",
+    target: Annotated[
+        str, typer.Option("--for", help="vllm: refuse what vLLM could not read; here: this package's own runtime, which reads everything.")
+    ] = "vllm",
     samples_search: Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs.")] = 16,
     search_memory: Annotated[
         float | None,
@@ -192,6 +195,7 @@ def quantize(
         calibration=calibration,
         pairs=pairs,
         search=Search(samples_search, None if search_memory is None else search_memory * 1e9),
+        target=target,
     )
 
     def human() -> None:

@@ -40,6 +40,7 @@ from smoothquant_plus.preparation import (
     check_groups,
     check_search,
     check_space,
+    check_target,
     choose_alpha,
     choose_pairs,
     describe,
@@ -102,6 +103,7 @@ def quantize(
     calibration: Calibration = NO_TEXT,
     search: Search = Search(),  # noqa: B008 (frozen)
     pairs: str | Path | None = None,
+    target: str = "vllm",
 ) -> Result:
     """Smooth and quantize the model directory `model` into the new checkpoint directory `output`.
 
@@ -111,8 +113,9 @@ def quantize(
     becomes one of its own, and the embedding stays as it is. `smooth` is 'none', 'norms' or 'all'.
     `alpha` is a number in 0..1; 'model', searched by the loss of the whole quantized model (SmoothQuant+); 'block', searched for each
     block by itself; or 'default', the family's published value for w8a8 and 'model' for w4a16. `pairs` is a file that declares
-    the family of a model that has no row of its own (docs/add-a-family.md). Killed at any moment, the same call continues where it was and
-    gives the same bytes.
+    the family of a model that has no row of its own (docs/add-a-family.md). `target` is 'vllm', which refuses what vLLM could not read, or
+    'here', for this package's own runtime; it changes no byte of what is written. Killed at any moment, the same call continues where it was
+    and gives the same bytes.
     Raises InputError for input that cannot be used, VerificationError when smoothing turned out to change the function.
     """
     start = time.monotonic()
@@ -120,6 +123,7 @@ def quantize(
     chosen = find_scheme(scheme, activations, weights, group_size, symmetric, lm_head)
     decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
     check_groups(decoder, chosen)
+    remarks = check_target(decoder, chosen, target)
     notes: list[str] = []
     strength = choose_alpha(decoder, chosen, smooth, alpha, notes)
     active = choose_pairs(decoder, smooth)
@@ -130,8 +134,6 @@ def quantize(
         check_search(calibration, search, strength)
         searched = 1 if strength == "block" else 1 + len(GRID)
     check_calibration(decoder, calibration, needs_maxima)
-    if chosen.inputs is not None and chosen.inputs.dynamic and chosen.inputs.strategy == "tensor":
-        notes.append("vLLM has no dynamic per-tensor activations: this checkpoint is for this package and transformers.")
     recipe = {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength, **describe(decoder, calibration)}
     if searched:
         recipe["samples_search"] = search.samples
@@ -157,7 +159,8 @@ def quantize(
             work.publish(work.directory)
 
     plan = read_plan(output)
-    for remark in plan["notes"]:
+    remarks += plan["notes"]
+    for remark in remarks:
         note(remark)
     return Result(
         output=str(output),
@@ -170,7 +173,7 @@ def quantize(
         seconds=round(time.monotonic() - start, 3),
         tokens=plan["tokens"],
         equivalence_error=plan["equivalence_error"],
-        notes=plan["notes"],
+        notes=remarks,
     )
 
 

@@ -29,6 +29,7 @@ from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_conf
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, quantized_bytes
 from smoothquant_plus.models.statistics import read_statistics
+from smoothquant_plus.models.vllm_limits import check_for_vllm
 from smoothquant_plus.progress import note
 from smoothquant_plus.search import Search
 from smoothquant_plus.text import DATASET_PREFIX, Samples, as_texts, check_ids, check_texts, load_tokenizer, synthetic_samples, take_samples
@@ -38,6 +39,9 @@ COMPUTE_DTYPES = ("float32", "checkpoint")
 
 # What `--alpha` may search by: the loss of the whole quantized model (SmoothQuant+), or each block's own.
 SEARCHES = ("model", "block")
+
+# What a checkpoint is made for: vLLM, or this package's own runtime.
+TARGETS = ("vllm", "here")
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,13 @@ def check_groups(decoder: Decoder, scheme: Scheme) -> None:
                 f"groups of {size} do not divide the {linear.in_features} input channels of {path}: "
                 + (f"--group-size {would} would do." if would else f"no group size fits this model, use {instead}.")
             )
+
+
+def check_target(decoder: Decoder, scheme: Scheme, target: str) -> list[str]:
+    """What to know about the checkpoint where it is going to be run. Raises InputError when it could not be."""
+    if target not in TARGETS:
+        raise InputError(f"unknown --for '{target}': choose {' or '.join(TARGETS)}.{did_you_mean(target, TARGETS)}")
+    return check_for_vllm(decoder, scheme) if target == "vllm" else []
 
 
 def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search, searched: int) -> None:

@@ -86,7 +86,8 @@ def test_statistics_of_experts_that_another_tools_text_did_not_reach(
     zeros = {name: torch.zeros_like(maxima) if name.startswith(f"{expert}.") else maxima for name, maxima in found.items()}
     save_file(zeros, tmp_path / "zeros.safetensors")
     out = tmp_path / "out"
-    result = quantize(tiny("mixtral"), out, activations="static", calibration=Calibration(statistics=tmp_path / "zeros.safetensors"))
+    given = Calibration(statistics=tmp_path / "zeros.safetensors")
+    result = quantize(tiny("mixtral"), out, activations="static", target="here", calibration=given)
     assert "1 experts have maxima of zero" in capsys.readouterr().err
     assert not any("were reached by no token" in note for note in result.notes)
     used = load_file(out / STATISTICS)
@@ -98,7 +99,8 @@ def test_statistics_of_experts_that_another_tools_text_did_not_reach(
 def test_experts_that_no_text_reached(name: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     """They are counted, reported, and quantized with statistics that are not zero; verify makes the same again."""
     out = tmp_path / "out"
-    found = quantize(tiny(name), out, activations="static", smooth="all", calibration=Calibration(str(text_file), samples=1, seq_len=2))
+    little = Calibration(str(text_file), samples=1, seq_len=2)
+    found = quantize(tiny(name), out, activations="static", smooth="all", target="here", calibration=little)
     unreached = [count for block in json.loads((out / "plan.json").read_text())["blocks"] for count in counts(block) if count == 0]
     assert unreached
     assert any(note.startswith(f"{len(unreached)} of ") for note in found.notes)

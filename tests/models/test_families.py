@@ -35,8 +35,8 @@ ALL = pytest.mark.parametrize("name", families.TINY)
 # The schemes by what tells them apart; the search for alpha has tests of its own. The layers here are 64 and 96 channels wide.
 SCHEMES: dict[str, dict[str, Any]] = {
     "token": {"activations": "token"},
-    "tensor": {"activations": "tensor"},
-    "static": {"activations": "static"},
+    "tensor": {"activations": "tensor", "target": "here"},
+    "static": {"activations": "static", "target": "here"},
     "w4a16": {"scheme": "w4a16", "group_size": 32, "alpha": 0.5},
     "w4a16-symmetric": {"scheme": "w4a16", "group_size": 32, "alpha": 0.5, "symmetric": True},
 }

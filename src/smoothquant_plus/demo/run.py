@@ -43,7 +43,7 @@ DOMAINS = {
 RECIPES: dict[str, dict[str, Any]] = {
     "naive W8A8, per-tensor static": {"activations": "static", "smooth": "none", "calibration": CODE},
     "SmoothQuant O1, per-token dynamic": {"activations": "token", "calibration": CODE},
-    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor", "calibration": CODE},
+    "SmoothQuant O2, per-tensor dynamic": {"activations": "tensor", "target": "here", "calibration": CODE},
     "SmoothQuant O3, per-tensor static": {"activations": "static", "calibration": CODE},
     "naive W4A16, groups of 128": {"scheme": "w4a16", "smooth": "none"},
     "SmoothQuant+, calibrated on code problems": DOMAINS["problems"],
