@@ -14,8 +14,17 @@ from smoothquant_plus.models.families import FAMILIES, WRAPPERS, Family, find_fa
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-# What was loaded in a real vLLM, with the same logits.
-VLLM: dict[str, str] = {}
+# What was loaded in a real vLLM, with the same logits: docs/formats.md says how. "W8A8" is per token and static.
+DENSE = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "cohere", "phi3", "glm", "glm4", "starcoder2", "opt"),
+    *("gpt2", "gpt_neox", "gptj", "falcon"),
+)
+EXPERTS = "W8A8 `token`, W4A16 (without AMX on CPUs: with this package's plugin)"
+VLLM: dict[str, str] = {
+    **dict.fromkeys(DENSE, "W8A8, W4A16"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek"), EXPERTS),
+    "bloom": "W8A8 `token`, W4A16",
+}
 HEADER = (
     "| family | `model_type` | smoothed by `--smooth norms` | and by `all` | error | schemes | transformers reads | vLLM reads "
     "| published alpha |"
