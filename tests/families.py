@@ -201,9 +201,11 @@ TINY: dict[str, Any] = {
 FUSED = "its loader stacks the experts' weights into one tensor, and cannot do that with integers"
 CONV1D = "the layers are Conv1D there, and compressed-tensors quantizes nn.Linear"
 OWN_LINEAR = "its linear layers read their weight themselves, past compressed-tensors"
+SHAPELESS = "it needs `weight_shape`, and takes whatever is in memory where that is missing"
 UNREADABLE: dict[tuple[str, str], str] = {
     **{(name, "w8a8"): FUSED for name in ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3")},
     **{("gpt2", scheme): CONV1D for scheme in ("w8a8", "w4a16")},
+    ("bloom", "w4a16"): SHAPELESS,
     **{(name, "w4a16"): OWN_LINEAR for name in ("falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")},
 }
 

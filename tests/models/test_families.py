@@ -184,7 +184,10 @@ def test_transformers_reads_it_by_itself(
     out = tmp_path / "out"
     quantize(tiny(name), out, smooth="all", calibration=calibration, **SCHEMES[scheme])
     ours = logits(load(out, dtype=torch.float32))
-    if (name, "w4a16" if "w4a16" in scheme else "w8a8") in families.UNREADABLE:
+    reason = families.UNREADABLE.get((name, "w4a16" if "w4a16" in scheme else "w8a8"))
+    if reason == families.SHAPELESS:
+        pytest.skip(reason)  # it may be right, by chance
+    if reason:
         try:
             theirs = logits(read_by_transformers(name, out))
         except (RuntimeError, AttributeError):

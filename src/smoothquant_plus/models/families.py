@@ -62,8 +62,8 @@ class Family:
     `norm_offset` is 1 for norms that multiply by (1 + weight). `disk_names` are other spellings that a checkpoint may have: a tensor `name` of
     the model is also looked for as re.sub(pattern, replacement, name), for each of them and for several together. `returns_tuple`: whether a
     block's forward gives its hidden states as the first of several values. `transposed`: whether weights of linears are stored (in, out), as
-    GPT-2's Conv1D does. `unquantized` are linears of a block that stay as they are. `shapeless` are those whose `weight_shape`, which readers
-    can do without, is left out of 4-bit checkpoints.
+    GPT-2's Conv1D does. `unquantized` are linears of a block that stay as they are. `shapeless` are those whose `weight_shape`, which vLLM can
+    do without and transformers cannot, is left out of 4-bit checkpoints.
     """
 
     blocks: str
