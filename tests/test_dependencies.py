@@ -29,7 +29,7 @@ ONLY_IN = {
     "accelerate": {"models/blocks.py"},
     "compressed_tensors": {"models/checkpoint.py"},
     "datasets": {"text.py"},
-    "psutil": {"search.py"},
+    "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
     "triton": set(),
     "vllm": set(),

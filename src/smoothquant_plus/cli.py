@@ -53,10 +53,10 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[..., None]:
+def command(function: Callable[..., Any], group: typer.Typer = app, **settings: Any) -> Callable[..., None]:
     """Run a command's function and end with its exit code: 0 done, 2 bad input, 3 verification failed, 130 interrupted.
 
-    The command is named like the function, without a trailing underscore, and belongs to `group`.
+    The command is named like the function, without a trailing underscore, and belongs to `group`; `settings` are typer's.
     """
     name = function.__name__.rstrip("_")
 
@@ -87,7 +87,7 @@ def command(function: Callable[..., Any], group: typer.Typer = app) -> Callable[
             err.print("interrupted: nothing is lost, run the same command again to continue." if resumes else "interrupted.")
             raise typer.Exit(130) from error
 
-    return group.command(name)(run)
+    return group.command(name, **settings)(run)
 
 
 def show(value: Any, as_json: bool, human: Callable[[], None]) -> None:
@@ -305,6 +305,20 @@ def generate(
     how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic}
     text = run(model, prompt, max_new_tokens=max_new_tokens, **how)
     show({"prompt": prompt, "text": text}, as_json, lambda: out.print(prompt + text, markup=False))
+
+
+@functools.partial(command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: ModelOrOutput,
+    scheme: Annotated[str | None, typer.Option(help="Quantize while loading: w8a8 or w4a16. Not for what is quantized already.")] = None,
+) -> None:
+    """Serve a model with vLLM, OpenAI-compatible; further options are vLLM's own, such as --port 8000 or --tensor-parallel-size 2."""
+    from smoothquant_plus.runtime.serve import server_command
+
+    server, environment = server_command(model, scheme, context.args)
+    err.print(" ".join([*(f"{name}={value}" for name, value in environment.items()), *server]), markup=False)
+    os.execve(server[0], server, os.environ | environment)
 
 
 @command

