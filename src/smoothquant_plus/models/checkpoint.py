@@ -297,11 +297,15 @@ def read_linear(
         return QuantizedWeight(values, tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
     if SHAPE in tensors and tensors[SHAPE].tolist() != [rows, columns]:
         raise InputError(f"{checkpoint.directory}: '{name}.{SHAPE}' is {tensors[SHAPE].tolist()}, and the layer is {[rows, columns]}.")
-    zero_point = tensors.get("weight_zero_point")
+    return unpack(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"), scheme.weights), None
+
+
+def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, quant: Quant) -> QuantizedWeight:
+    """4-bit weights as they are stored, `packed` int32 (N, K / 8), `scale` (N, K / g) and `zero_point` int32 (N / 8, K / g), as integers."""
     if zero_point is not None:
-        zero_point = unpack_int4(zero_point.t().clone(memory_format=torch.contiguous_format).view(torch.uint8))[:, :rows].t().contiguous()
-    values = unpack_int4(tensors["weight_packed"].view(torch.uint8))
-    return QuantizedWeight(values, tensors["weight_scale"], scheme.weights, zero_point), None
+        channels = zero_point.t().clone(memory_format=torch.contiguous_format)
+        zero_point = unpack_int4(channels.view(torch.uint8))[:, : len(packed)].t().contiguous()
+    return QuantizedWeight(unpack_int4(packed.view(torch.uint8)), scale, quant, zero_point)
 
 
 # What compressed-tensors calls our schemes, what it calls several in one checkpoint, and the fields of a Quant.

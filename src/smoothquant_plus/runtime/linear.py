@@ -46,7 +46,11 @@ class QuantLinear(nn.Module):
         return tuple(buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("prepared_"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self.prepared, self.scheme, self.input_scale, self.bias)
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with this `bias` (N,), or none, in place of the layer's own."""
+        return self._kernels.linear(x, self.prepared, self.scheme, self.input_scale, bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}, backend={self.backend}"
