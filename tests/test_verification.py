@@ -19,9 +19,10 @@ from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import write_json
 from smoothquant_plus.models.checkpoint import INDEX, Checkpoint
+from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
-from smoothquant_plus.verification import MANIFEST, SMOOTHING, STATISTICS, manifest, verify
+from smoothquant_plus.verification import MANIFEST, manifest, verify
 from smoothquant_plus.workspace import PLAN
 
 # Every setting of each option, and each pair of activations and smoothing once or more over the two models.

@@ -23,7 +23,7 @@ from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, q
 from smoothquant_plus.models.coverage import coverage, summary
 from smoothquant_plus.models.experts import recorded, tokens_of_experts
 from smoothquant_plus.models.families import FAMILY_FILE, Pair
-from smoothquant_plus.models.statistics import read_statistics
+from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import (
     QuantizedLinear,
     SmoothedPair,
@@ -33,6 +33,7 @@ from smoothquant_plus.models.transform import (
     quantize_block,
     quantize_head,
     smooth_block,
+    unquantized,
 )
 from smoothquant_plus.preparation import (
     Calibration,
@@ -51,7 +52,7 @@ from smoothquant_plus.preparation import (
 from smoothquant_plus.progress import Steps, note, peak_rss_mb, steps
 from smoothquant_plus.search import FULL, Search, search_block, search_model
 from smoothquant_plus.text import Samples
-from smoothquant_plus.verification import MANIFEST, SMOOTHING, STATISTICS, manifest, read_plan, verify
+from smoothquant_plus.verification import MANIFEST, manifest, read_plan, verify
 from smoothquant_plus.workspace import PLAN, Journal, Workspace
 
 NO_TEXT = Calibration()
@@ -362,23 +363,6 @@ def head_note(decoder: Decoder, scheme: Scheme, record: dict[str, Any]) -> str:
     return (
         f"output head quantized, not smoothed: {record['name']}, {scheme.name}, relative weight error {record['weight_error']:.1e}{tied}."
     )
-
-
-def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
-    """The linear layers that stay as they are, routers too: what readers must not look for integers in. Each under the model's name, which
-    transformers looks for, and under its last spelling, which vLLM does: layers of a wrapper are called differently in the two."""
-    inside = [set(decoder.linears(index)) for index in range(len(decoder))]
-    kept = []
-    for name, module in decoder.model.named_modules():
-        if decoder.in_blocks(name):
-            number, _, path = name.removeprefix(f"{decoder.family.blocks}.").partition(".")
-            weight = getattr(module, "weight", None)
-            if weight is not None and weight.ndim == 2 and path not in inside[int(number)]:
-                kept.append(name)
-        elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
-            kept.append(name)
-    spellings = [decoder.family.spellings(f"{name}.weight") for name in kept]
-    return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
 
 
 def with_own_head(config: dict[str, Any]) -> dict[str, Any]:

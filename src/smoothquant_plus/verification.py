@@ -31,7 +31,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
 from smoothquant_plus.models.experts import recorded
 from smoothquant_plus.models.families import FAMILY_FILE, Family, active_pairs
-from smoothquant_plus.models.statistics import read_statistics
+from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import (
     block_tensors,
     digest_of,
@@ -46,8 +46,6 @@ from smoothquant_plus.text import synthetic_samples
 from smoothquant_plus.workspace import PLAN
 
 MANIFEST = "manifest.json"
-STATISTICS = "statistics.safetensors"
-SMOOTHING = "smoothing.safetensors"
 
 
 @dataclass

@@ -19,11 +19,12 @@ from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.experts import recorded, repeated, share_with_unreached, tokens_of_experts, unfuse
 from smoothquant_plus.models.families import FAMILIES
+from smoothquant_plus.models.statistics import STATISTICS
 from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
-from smoothquant_plus.verification import STATISTICS, verify
+from smoothquant_plus.verification import verify
 
 MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"]
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.files import write_atomic
 from smoothquant_plus.models.families import FAMILIES
-from smoothquant_plus.verification import SMOOTHING, STATISTICS, read_plan
+from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
+from smoothquant_plus.verification import read_plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -42,7 +42,7 @@ from smoothquant_plus.models.rows import source_rows
 
 OUTSIDE_BYTES = 1 << 30
 
-M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 # What transformers raises for bad values in config.json: each family finds them in its own way, if only by dividing by them.
 BAD_CONFIG = (
@@ -583,6 +583,15 @@ def give_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # in glibc alone
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def take_memory_again() -> None:
+    """End what `give_memory_back` began, in a process that computes on: there each new tensor would be paged in anew. These are the
+    thresholds that glibc's own grow to."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -18,6 +18,10 @@ from smoothquant_plus.models.experts import share_with_unreached
 from smoothquant_plus.models.families import active_pairs
 from smoothquant_plus.progress import note
 
+# Files of an output, or beside a model: the maxima, and the smoothing factors, `{path of the source: s}`.
+STATISTICS = "statistics.safetensors"
+SMOOTHING = "smoothing.safetensors"
+
 
 def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
     """Maxima for every linear of every block, float32 (K,), from a .safetensors file or a .pt file (read with weights_only).

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from smoothquant_plus.method.smooth import (
 from smoothquant_plus.models.blocks import Decoder, Stream, assign, is_transposed, linears
 from smoothquant_plus.models.checkpoint import SHAPE, linear_tensors
 from smoothquant_plus.models.experts import Routing, repeated
-from smoothquant_plus.models.families import Pair
+from smoothquant_plus.models.families import Pair, active_pairs
 from smoothquant_plus.models.rows import kv_heads, source_rows
 
 # A right pair moves a block by rounding alone, about 1e-6; a wrong one by 0.2 and more (docs/pitfalls.md).
@@ -70,26 +70,61 @@ def smooth_block(
             # A router stays in 16 bits: what it is multiplied by must not round it, or tokens would go to other experts.
             s = nearest_power_of_two(s)
         try:
-            s = _fold_source(decoder, path, source, pair, s.to(source.weight.device))
-            rounded = [f"{pair.source}.bias"] if getattr(source, "bias", None) is not None else []
-            for name, sink in sinks.items():
-                fold_sink(sink.weight, s)
-                if name in quantized:
-                    maxima[name] = maxima[name] / s.cpu()
-                else:
-                    stored = decoder.stored_dtype(f"{decoder.path(index)}.{name}.weight")
-                    exact = sink.weight.clone()
-                    sink.weight.copy_(to_storage(exact, stored, f"the weight of {name}"))
-                    if not torch.equal(sink.weight, exact):  # next to zero even a power of two rounds in float16
-                        rounded.append(f"{name}.weight")
+            s, rounded = _fold_pair(decoder, index, block, pair, s, maxima)
         except OverflowError as error:
             raise InputError(
                 f"{path}: {error}. Its smoothed values do not fit the checkpoint's dtype: convert the checkpoint to bfloat16 or float32, or "
                 f"choose another --alpha (now {alpha:g})."
             ) from error
         dead = int(((activation <= 0) | (weights <= 0)).sum())
-        smoothed.append(SmoothedPair(pair.source, pair.sinks, s.cpu(), dead, tuple(rounded)))
+        smoothed.append(SmoothedPair(pair.source, pair.sinks, s.cpu(), dead, rounded))
     return smoothed
+
+
+def fold_block(decoder: Decoder, index: int, block: nn.Module, found: Mapping[str, Tensor], maxima: dict[str, Tensor]) -> set[str]:
+    """Fold the factors that `smooth_block` found for this model before, {path of the source: s float32}, into the float32 weights of
+    `block`, in place; returns the paths that are of this block. `maxima`, which may be empty, are divided by them.
+
+    Raises InputError for factors of another shape, and for folded values that the checkpoint's dtype cannot hold.
+    """
+    folded = set()
+    for pair in decoder.pairs(index, list(active_pairs(decoder.family, decoder.config, "all"))):
+        path = f"{decoder.path(index)}.{pair.source}"
+        if path not in found:
+            continue
+        s, sink = found[path], cast(Any, block.get_submodule(pair.sinks[0]))
+        channels = sink.weight.shape[1]
+        if s.shape != (channels,) or not bool(((s > 0) & s.isfinite()).all()):
+            raise InputError(f"the factors of {path} are not {channels} positive numbers: they are damaged, or of another model.")
+        try:
+            _fold_pair(decoder, index, block, pair, s, maxima)
+        except OverflowError as error:
+            raise InputError(f"the factors of {path} do not fit this checkpoint: {error}.") from error
+        folded.add(path)
+    return folded
+
+
+def _fold_pair(
+    decoder: Decoder, index: int, block: nn.Module, pair: Pair, s: Tensor, maxima: dict[str, Tensor]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Divide the pair's source by `s` and multiply its sinks, in place, and divide the `maxima` of those; returns the factors that were
+    really applied, and the tensors that they rounded. Raises OverflowError when a folded value does not fit its stored dtype."""
+    source: Any = block.get_submodule(pair.source)
+    quantized = decoder.linears(index)
+    s = _fold_source(decoder, f"{decoder.path(index)}.{pair.source}", source, pair, s.to(source.weight.device))
+    rounded = [f"{pair.source}.bias"] if getattr(source, "bias", None) is not None else []
+    for name in pair.sinks:
+        sink: Any = block.get_submodule(name)
+        fold_sink(sink.weight, s)
+        if name not in quantized:
+            stored = decoder.stored_dtype(f"{decoder.path(index)}.{name}.weight")
+            exact = sink.weight.clone()
+            sink.weight.copy_(to_storage(exact, stored, f"the weight of {name}"))
+            if not torch.equal(sink.weight, exact):  # next to zero even a power of two rounds in float16
+                rounded.append(f"{name}.weight")
+        elif name in maxima:
+            maxima[name] = maxima[name] / s.cpu()
+    return s, tuple(rounded)
 
 
 def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor) -> Tensor:
@@ -121,21 +156,25 @@ class QuantizedLinear:
 
     weight: QuantizedWeight
     input_scale: Tensor | None
-    error: float
-    digest: str
+    error: float = math.nan
+    digest: str = ""
 
 
-def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
+def quantize_block(
+    decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor], recorded: bool = True
+) -> dict[str, QuantizedLinear]:
     """Every linear of a (smoothed) block as integers, by path inside the block; the block's own float weights are released on the way.
 
-    `maxima` is read for static activations only.
+    `maxima` is read for static activations only. What is not `recorded` in a plan has neither an error nor a digest: they take most of the time.
     """
     quantized = {}
     for name, linear in linears(block, decoder.family).items():
         folded = linear.weight.cpu().float()
         weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
-        wrong, whole = wrong_of(weight, folded)
-        quantized[name] = QuantizedLinear(weight, input_scale, wrong / max(whole, 1e-30), digest_of(weight))
+        quantized[name] = QuantizedLinear(weight, input_scale)
+        if recorded:
+            wrong, whole = wrong_of(weight, folded)
+            quantized[name] = QuantizedLinear(weight, input_scale, wrong / max(whole, 1e-30), digest_of(weight))
         assign(linear, "weight", torch.empty_like(folded, device="meta"))
     return quantized
 
@@ -214,6 +253,24 @@ def head_tensors(decoder: Decoder, quantized: QuantizedLinear) -> dict[str, Tens
     disk = (decoder.disk_name(weight) if decoder.head_is_stored else weight).removesuffix(".weight")
     tensors = {f"{disk}.{suffix}": tensor for suffix, tensor in linear_tensors(quantized.weight, quantized.input_scale).items()}
     return tensors | {name: decoder.checkpoint.read(name) for name in decoder.head_names if name != f"{disk}.weight"}
+
+
+def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
+    """The linear layers that stay as they are, routers too: what readers must not look for integers in. Each under the model's name, which
+    transformers looks for, and under its last spelling, which vLLM does: layers of a wrapper are called differently in the two."""
+    inside = [set(decoder.linears(index)) for index in range(len(decoder))]
+    kept = []
+    for name, module in decoder.model.named_modules():
+        if decoder.in_blocks(name):
+            number, _, path = name.removeprefix(f"{decoder.family.blocks}.").partition(".")
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.ndim == 2 and path not in inside[int(number)]:
+                kept.append(name)
+        elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
+            kept.append(name)
+    spellings = [decoder.family.spellings(f"{name}.weight") for name in kept]
+    return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
+
 
 
 def prove_equivalent(
