@@ -430,7 +430,7 @@ class Quantizer:
 
 
 class Loader(DefaultModelLoader):
-    """vLLM's loader, which `--quantization sqplus` gives the quantized tensors to, and which refuses damaged checkpoints of ours by itself."""
+    """vLLM's loader, which takes the quantized tensors of `--quantization sqplus`, and refuses damaged checkpoints of ours by itself."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         self.ours = model_config.quantization == SQPLUS or is_ours(Path(model_config.model))
@@ -438,15 +438,22 @@ class Loader(DefaultModelLoader):
             self.enable_weights_track = True  # a parameter that no tensor was loaded into is an error
         super().load_weights(model, model_config)
 
+    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False) -> None:
+        unread = {name for name, _ in model.named_parameters() if name.endswith("weight_shape")} if self.ours else set()
+        super().track_weights_loading(model, None if loaded_weights is None else loaded_weights | unread, quantized)
+
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if model_config.quantization == SQPLUS:
             self.counter_before_loading_weights = time.perf_counter()
             options = getattr(model_config.hf_config, "quantization_config", None) or {}
             quantizer = Quantizer(Path(model_config.model), options)
             note(f"{SQPLUS}: {quantizer}")
-            yield from quantizer.tensors()
-            return
-        for name, tensor in super().get_all_weights(model_config, model):
+            tensors = quantizer.tensors()
+        else:
+            tensors = super().get_all_weights(model_config, model)
+        for name, tensor in tensors:
+            if self.ours and name.endswith("weight_shape"):
+                continue  # is_ours has read it, no kernel does, and the loader of BLOOM fails on it
             if self.ours and name.endswith(("weight_scale", "input_scale")) and not bool(((tensor > 0) & tensor.isfinite()).all()):
                 raise InputError(f"'{name}' in {model_config.model} has scales that are not positive numbers: the checkpoint is damaged.")
             yield name, tensor
