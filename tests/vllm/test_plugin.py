@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from serving import SCHEMES, Answer, ours
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.models.checkpoint import INDEX, Checkpoint
+from smoothquant_plus.method.integers import dequantize
+from smoothquant_plus.method.scheme import find_scheme
+from smoothquant_plus.models.checkpoint import INDEX, Checkpoint, read_linear
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.runtime import vllm as plugin
@@ -25,6 +27,8 @@ from smoothquant_plus.runtime.kernels import cpu
 
 Out = Callable[[str, str], Path]
 Theirs = Callable[..., Answer]
+
+LAYER = "model.layers.0.mlp.down_proj"
 
 plugin.register()
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason="the kernels are not built")
@@ -63,6 +67,16 @@ def test_what_our_kernels_lack_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu, "missing", lambda: "not built")
     Config.input_symmetric = True
     assert plugin.Int8Kernel.can_implement(Config()) == (False, "not built")
+
+
+def test_the_float_weight_of_a_layer_with_static_activations(out: Out) -> None:
+    """What DeepSeek's attention decodes with: multiplying the layer with ones would clip them."""
+    checkpoint = Checkpoint(out("llama", "static"))
+    scheme = find_scheme("w8a8", "static")
+    weight, _ = read_linear(checkpoint, LAYER, scheme, 128, 256)
+    layer = torch.nn.Module()
+    plugin.keep(layer, weight, scheme, torch.full((1,), 1e-3))
+    torch.testing.assert_close(plugin.float_weight(layer), dequantize(weight), rtol=1e-6, atol=0)
 
 
 def beside(model: Path, quantized: Path, directory: Path, *files: str) -> Path:
@@ -140,9 +154,6 @@ def test_factors_of_another_model(out: Out, tiny: Callable[..., Path], tmp_path:
     save_file({name: s[:64].clone() for name, s in factors.items()}, directory / SMOOTHING)
     with pytest.raises(InputError, match="are not 128 positive numbers"):
         list(plugin.Quantizer(directory, {}).tensors())
-
-
-LAYER = "model.layers.0.mlp.down_proj"
 
 
 def without(suffix: str) -> Callable[[dict[str, torch.Tensor]], Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, MPLinearKernel
+from vllm.model_executor.layers.attention import mla_attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import compressed_tensors_moe_w8a8_int8 as vllm_int8
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import compressed_tensors_moe_wna16 as vllm_int4
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
@@ -78,6 +80,7 @@ def register() -> None:
             preferred.insert(0, kernel)  # register_linear_kernel would put it last, where it is never chosen
     register_quantization_config("compressed-tensors")(WithExperts)
     register_quantization_config(SQPLUS)(OnLoad)
+    mla_attention.get_and_maybe_dequant_weights = float_weight
     for load_format in LOAD_FORMATS:
         _LOAD_FORMAT_TO_MODEL_LOADER[load_format] = Loader  # register_model_loader would warn in every process
 
@@ -147,6 +150,19 @@ class Int4Kernel(MPLinearKernel):
 def keep(layer: nn.Module, weight: QuantizedWeight, scheme: Scheme, input_scale: Tensor | None = None) -> None:
     """Give `layer` its weight as our kernels want it."""
     layer.sqplus = QuantLinear(weight, scheme, input_scale=input_scale, backend=BACKEND)
+
+
+def float_weight(layer: Any, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (N, K) of a quantized linear in floats, which DeepSeek's attention asks for.
+
+    vLLM multiplies the layer with ones to find it; a static scale would round and clip those, and every token after the prompt be wrong.
+    """
+    kept = getattr(layer, "sqplus", None)
+    if kept is None or not kept.scheme.static:
+        weight: Tensor = get_and_maybe_dequant_weights(layer, out_dtype)
+        return weight
+    ones = torch.eye(kept.in_features, dtype=out_dtype)
+    return cpu.linear(ones, kept.prepared, find_scheme("w8a8"), None, None).t()
 
 
 def release(layer: nn.Module, names: Any) -> None:
