@@ -272,7 +272,6 @@ def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
 
 
-
 def prove_equivalent(
     decoder: Decoder,
     block: nn.Module,
