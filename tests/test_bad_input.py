@@ -678,6 +678,16 @@ CASES = [
         lambda b: ["calibrate", b.model(), b.here / "OUT.pt", "--text", b.text],
         ("/OUT.pt", "ends in .safetensors"),
     ),
+    Case(
+        "factors of nothing",
+        lambda b: ["calibrate", b.model(), b.here / "OUT.safetensors", "--text", b.text, "--alpha", "0.5", "--smooth", "none"],
+        ("--smooth none", "norms or all"),
+    ),
+    Case(
+        "factors of another alpha",
+        lambda b: ["calibrate", b.model(), b.here / "OUT.safetensors", "--text", b.text, "--alpha", "modle", "--scheme", "w8a8"],
+        ("--alpha modle", "Did you mean 'model'"),
+    ),
     # Verifying.
     Case("verify nothing", lambda b: ["verify", b.here / "nowhere"], ("no such", "/nowhere")),
     Case("verify a model", lambda b: ["verify", b.model()], ("/model has no manifest.json", "not written by smoothquant-plus")),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,25 @@ def test_statistics_count_no_calibration_tokens_and_static_ones_need_no_run(
     monkeypatch.setattr(Decoder, "embed", None)
     quantize(tiny("llama"), tmp_path / "static", activations="static", smooth="none", calibration=given)
     verify(tmp_path / "static", against=None)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options"),
+    [
+        ("model", {"scheme": "w4a16", "group_size": 32, "symmetric": True}),
+        ("block", {"scheme": "w8a8", "activations": "static"}),
+        ("0.7", {"scheme": "w8a8"}),
+    ],
+)
+def test_calibrate_writes_the_factors_that_quantize_folds(
+    alpha: str, options: dict[str, Any], tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    how = {**options, "smooth": "all", "alpha": alpha, "calibration": replace(calibration, compute_dtype="checkpoint")}
+    quantize(tiny("qwen2"), tmp_path / "out", **how)
+    factors = load_file(calibrate(tiny("qwen2"), tmp_path / "smoothing.safetensors", **how))
+    expected = load_file(tmp_path / "out" / "smoothing.safetensors")
+    assert factors and set(factors) == set(expected)
+    assert all(torch.equal(s, expected[name]) for name, s in factors.items())
 
 
 def test_one_text_may_be_named_by_itself(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

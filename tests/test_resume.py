@@ -162,6 +162,9 @@ class Inputs:
         """What is called again and again: the output is OUT in `home`."""
         if what == "calibrate":
             return partial(calibrate, self.model, home / "OUT.safetensors", calibration=self.calibration)
+        if what == "factors":
+            searched = {"group_size": 32, "alpha": "model", "search": Search(samples=1, memory=4 * 16 * 64 * 4)}
+            return partial(calibrate, self.model, home / "OUT.safetensors", calibration=self.calibration, **searched)
         if what == "head":
             return partial(quantize, self.model, home / "OUT", smooth="none", lm_head="w8a8")
         searched = {"scheme": "w4a16", "group_size": 32, "alpha": what, "search": Search(samples=1, memory=4 * 16 * 64 * 4)}
@@ -192,8 +195,8 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
-    """whole('quantize'), whole('calibrate'), quantized with a search for alpha, whole('model') or whole('block'), or with the output head
-    quantized too, whole('head'), run once."""
+    """whole('quantize'), whole('calibrate'), with a search for alpha whole('model'), whole('block') and whole('factors'), or with the output
+    head quantized too, whole('head'), run once."""
     known: dict[str, Whole] = {}
 
     def get(what: str) -> Whole:
@@ -201,7 +204,7 @@ def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             home = tmp_path_factory.mktemp("whole")
             ended = run(inputs.call(what, home), home)
             assert ended.code == 0, ended.log
-            assert ended.measured == {"model": [0, 1, 0, 1], "head": []}.get(what, [0, 1])
+            assert ended.measured == {"model": [0, 1, 0, 1], "factors": [0, 1, 0, 1], "head": []}.get(what, [0, 1])
             known[what] = Whole(contents(home), len(ended.operations))
         return known[what]
 
@@ -226,7 +229,7 @@ def killed_in_second_block(inputs: Inputs, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "step"), [("quantize", 1), ("calibrate", 3), ("model", 11), ("block", 5)])
+@pytest.mark.parametrize(("what", "step"), [("quantize", 1), ("calibrate", 3), ("factors", 13), ("model", 11), ("block", 5)])
 def test_killed_at_every_operation(what: str, step: int, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     expected = whole(what)
     output = next(iter(expected.contents)).partition("/")[0]
@@ -254,7 +257,7 @@ def test_killed_at_every_operation(what: str, step: int, whole: Callable[[str], 
         assert [path.name for path in home.iterdir()] == [output], where
         # A block is done when its record is there, and is never measured again.
         expected_blocks = list(range(len([path for path in found if Path(path).match("blocks/*.json")]), 2))
-        if what == "model" and f"{PARTIAL}/search.json" not in found:
+        if what in ("model", "factors") and not any(Path(path).name == "search.json" for path in found):
             expected_blocks = [*range(len([path for path in found if Path(path).match("search/*.json")]), 2), 0, 1]
         assert again.measured == ([] if published else expected_blocks), where
     assert len(continued) > expected.operations / step / 3

@@ -41,6 +41,18 @@ ComputeDtype = Annotated[str, typer.Option(help="What blocks are run in while me
 LmHead = Annotated[
     str | None, typer.Option(help="What the output head becomes: w8a8 or w4a16; by default it stays as it is, as in both papers.")
 ]
+Activations = Annotated[
+    str | None, typer.Option(help="w8a8: token (per-token dynamic, the default), tensor (per-tensor dynamic) or static (per-tensor).")
+]
+Weights = Annotated[str | None, typer.Option(help="w8a8: channel (a scale per output channel, the default) or tensor.")]
+GroupSize = Annotated[int | None, typer.Option(help="w4a16: input channels that share a scale: 128 (the default), 64 or 32.")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="w4a16: no zero points.")]
+Smooth = Annotated[str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")]
+SamplesSearch = Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs.")]
+SearchMemory = Annotated[
+    float | None,
+    typer.Option(help="GB of memory for a search's hidden states, the rest goes to files; default: a quarter of what is free."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")]
@@ -136,21 +148,23 @@ def parse_dtype(name: str | None) -> Any:
     return getattr(torch, name)
 
 
+def make_search(samples: int, memory: float | None) -> Any:
+    from smoothquant_plus.search import Search
+
+    return Search(samples, None if memory is None else memory * 1e9)
+
+
 @command
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the quantized checkpoint.", show_default=False)],
     scheme: Annotated[str, typer.Option(help="What weights and activations become: w8a8 or w4a16.")] = "w8a8",
-    activations: Annotated[
-        str | None, typer.Option(help="w8a8: token (per-token dynamic, the default), tensor (per-tensor dynamic) or static (per-tensor).")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="w8a8: channel (a scale per output channel, the default) or tensor.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="w4a16: input channels that share a scale: 128 (the default), 64 or 32.")] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="w4a16: no zero points.")] = False,
+    activations: Activations = None,
+    weights: Weights = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = False,
     lm_head: LmHead = None,
-    smooth: Annotated[
-        str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")
-    ] = "norms",
+    smooth: Smooth = "norms",
     alpha: Annotated[
         str,
         typer.Option(
@@ -168,17 +182,13 @@ def quantize(
     target: Annotated[
         str, typer.Option("--for", help="vllm: refuse what vLLM could not read; here: this package's own runtime, which reads everything.")
     ] = "vllm",
-    samples_search: Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs.")] = 16,
-    search_memory: Annotated[
-        float | None,
-        typer.Option(help="GB of memory for a search's hidden states, the rest goes to files; default: a quarter of what is free."),
-    ] = None,
+    samples_search: SamplesSearch = 16,
+    search_memory: SearchMemory = None,
     as_json: Json = False,
 ) -> None:
     """Smooth and quantize MODEL into the new checkpoint OUT. Killed at any moment, the same command continues."""
     from smoothquant_plus.pipeline import quantize as run
     from smoothquant_plus.preparation import Calibration
-    from smoothquant_plus.search import Search
 
     calibration = Calibration(tuple(text or ()), statistics, samples, seq_len, compute_dtype, device)
     result = run(
@@ -194,7 +204,7 @@ def quantize(
         alpha=alpha,
         calibration=calibration,
         pairs=pairs,
-        search=Search(samples_search, None if search_memory is None else search_memory * 1e9),
+        search=make_search(samples_search, search_memory),
         target=target,
     )
 
@@ -211,20 +221,48 @@ def quantize(
 @command
 def calibrate(
     model: Model,
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="New .safetensors file for the statistics.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="New .safetensors file.", show_default=False)],
     text: Text = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            help="Write smoothing factors instead of maxima, with what `quantize` takes as --alpha: a number, model, block or default."
+        ),
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="With --alpha: what is searched for, w4a16 or w8a8.")] = "w4a16",
+    activations: Activations = None,
+    weights: Weights = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = False,
+    smooth: Smooth = "norms",
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     compute_dtype: ComputeDtype = "float32",
     device: Device = "cpu",
     pairs: Pairs = None,
+    samples_search: SamplesSearch = 16,
+    search_memory: SearchMemory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the per-channel activation maxima of MODEL alone, for `quantize --statistics` and for other tools."""
+    """Measure MODEL alone: the per-channel activation maxima, for `quantize --statistics` and other tools, or with --alpha the smoothing
+    factors, which as smoothing.safetensors beside MODEL are applied when vLLM quantizes it while loading."""
     from smoothquant_plus.pipeline import calibrate as run
     from smoothquant_plus.preparation import Calibration
 
-    path = run(model, output, calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device), pairs=pairs)
+    path = run(
+        model,
+        output,
+        calibration=Calibration(tuple(text or ()), None, samples, seq_len, compute_dtype, device),
+        pairs=pairs,
+        alpha=alpha,
+        scheme=scheme,
+        activations=activations,
+        weights=weights,
+        group_size=group_size,
+        symmetric=symmetric,
+        smooth=smooth,
+        search=make_search(samples_search, search_memory),
+    )
     show({"output": str(path)}, as_json, lambda: out.print(str(path)))
 
 

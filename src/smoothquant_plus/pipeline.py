@@ -23,6 +23,7 @@ from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, Checkpoint, q
 from smoothquant_plus.models.coverage import coverage, summary
 from smoothquant_plus.models.experts import recorded, tokens_of_experts
 from smoothquant_plus.models.families import FAMILY_FILE, Pair
+from smoothquant_plus.models.sizes import quantized_bytes
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import (
     QuantizedLinear,
@@ -143,7 +144,7 @@ def quantize(
         if not work.complete:
             samples = read_samples(decoder, calibration) if needs_runs else None
             work.check_samples(samples.batches if samples else [])
-            check_space(decoder, work, chosen, samples, search, 0 if work.search_result.is_file() else searched)
+            check_space(decoder, work, quantized_bytes(decoder, chosen), samples, search, 0 if work.search_result.is_file() else searched)
             copy_outside(decoder, work, chosen)  # before the long work: it reads, and so checks, the tables
             facts: dict[str, Any] = {"tokens": samples.tokens if samples and calibration.text else 0, "notes": notes}
             if strength == "model":
@@ -178,6 +179,21 @@ def quantize(
     )
 
 
+@dataclass
+class Streams:
+    """The hidden states that go into the next block: the original model's (None when nothing has to be run), and those of the blocks
+    quantized so far, which a search for each block's own alpha needs."""
+
+    full: Stream | None
+    quantized: Stream | None
+
+    def advance(self, journal: Journal) -> None:
+        """To what the block that was just finished put out."""
+        for name, states in ((FULL, self.full), (QUANTIZED, self.quantized)):
+            if states is not None:
+                states.hidden = journal.stream(name)
+
+
 @torch.no_grad()
 def quantize_blocks(
     decoder: Decoder,
@@ -189,67 +205,88 @@ def quantize_blocks(
 ) -> None:
     """Every block that is not done yet, one in memory at a time."""
     given = read_statistics(Path(calibration.statistics), decoder) if calibration.statistics else None
-    stream = open_stream(decoder, work.blocks, samples)
-    quantized = open_quantized_stream(work.blocks, stream, search) if method.alpha == "block" and stream is not None else None
+    streams = open_streams(decoder, work.blocks, method, samples, search)
     with steps("block", len(decoder), work.blocks.done) as progress:
         for index in range(work.blocks.done, len(decoder)):
-            record = quantize_one(decoder, work, index, method, stream, quantized, given, progress)
-            for name, states in ((FULL, stream), (QUANTIZED, quantized)):
-                if states is not None:
-                    states.hidden = work.blocks.stream(name)
+            record = quantize_one(decoder, work, index, method, streams, given, progress)
+            streams.advance(work.blocks)
             progress.step(f"equivalence error {record['equivalence_error']:.1e}" if record["pairs"] else "")
 
 
-def quantize_one(
+@dataclass
+class Smoothed:
+    """What one block went through until it is quantized; the block itself is smoothed in place, and if there are `pairs` in float32."""
+
+    measured: dict[str, Tensor]  # the maxima of the linears' inputs
+    maxima: dict[str, Tensor]  # the same after smoothing
+    outputs: list[Tensor]  # of the original block; nothing without a stream
+    pairs: list[SmoothedPair]
+    equivalence_error: float
+    alpha: Any
+    search: list[dict[str, Any]] | None  # the candidates of the block's own search
+    experts: dict[str, Any] | None
+
+    def kept(self, path: str) -> dict[str, Tensor]:
+        """The maxima and the factors of the block at `path`, as the journal keeps them."""
+        maxima = {f"{MAXIMA}{path}.{name}": channels for name, channels in self.measured.items()}
+        return maxima | {f"{FACTORS}{path}.{pair.source}": pair.s for pair in self.pairs}
+
+
+def smooth_one(
     decoder: Decoder,
+    block: nn.Module,
     work: Workspace,
     index: int,
     method: Method,
-    stream: Stream | None,
-    quantized_stream: Stream | None,
+    streams: Streams,
     given: dict[str, Tensor] | None,
     progress: Steps,
+) -> Smoothed:
+    """Measure `block`, smooth it, and prove that its function has not changed."""
+    error, smoothed, found, experts = 0.0, [], None, None
+    alpha: Any = method.alpha
+    stream = streams.full
+    with recorded(block) as routing:
+        measured, outputs = measure(decoder, block, index, stream, progress)
+    maxima = {name: channels.maxima for name, channels in measured.items()}
+    if given is not None:
+        maxima = {name: given[f"{decoder.path(index)}.{name}"] for name in decoder.linears(index)}
+    original = dict(maxima)
+    if method.pairs and alpha is not None and stream is not None:
+        reference = outputs
+        if decoder.dtype != torch.float32:
+            decoder.materialize(index, torch.float32)  # from the disk again: a tensor may be stored in more bits than were computed in
+            with recorded(block) as routing:
+                reference = decoder.run_all(block, index, stream, torch.float32)
+        if streams.quantized is not None:
+            alpha, found, after = search_block(decoder, block, index, method.scheme, method.pairs, maxima, streams.quantized, progress.part)
+            work.blocks.keep_stream(index + 1, QUANTIZED, after)
+            del after
+        if alpha is not None:
+            smoothed = smooth_block(decoder, index, block, method.pairs, maxima, alpha)
+            part = halves(progress, 0.5, len(reference))
+            error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed, part)
+    if given is None and (tokens := tokens_of_experts(measured)):
+        experts = {"tokens": tokens, "rerouted_tokens": routing.flipped}
+    return Smoothed(original, maxima, outputs, smoothed, error, alpha, found, experts)
+
+
+def quantize_one(
+    decoder: Decoder, work: Workspace, index: int, method: Method, streams: Streams, given: dict[str, Tensor] | None, progress: Steps
 ) -> dict[str, Any]:
     """Block `index` from the model's weights to its shard: what plan.json says of it. All else that was made of it is on disk alone
     afterwards: its weights as integers, the maxima of its inputs, and the original block's outputs."""
-    error, smoothed, found = 0.0, [], None
-    alpha: Any = method.alpha
     with decoder.block(index) as block:
-        with recorded(block) as routing:
-            measured, outputs = measure(decoder, block, index, stream, progress)
-        maxima = {name: channels.maxima for name, channels in measured.items()}
-        if given is not None:
-            maxima = {name: given[f"{decoder.path(index)}.{name}"] for name in decoder.linears(index)}
-        kept = {f"{MAXIMA}{decoder.path(index)}.{name}": channels for name, channels in maxima.items()}
-        if decoder.dtype != torch.float32:
-            decoder.materialize(index, torch.float32)  # from the disk again: a tensor may be stored in more bits than were computed in
-        if method.pairs and alpha is not None and stream is not None:
-            reference = outputs
-            if decoder.dtype != torch.float32:
-                with recorded(block) as routing:
-                    reference = decoder.run_all(block, index, stream, torch.float32)
-            if quantized_stream is not None:
-                alpha, found, after = search_block(
-                    decoder, block, index, method.scheme, method.pairs, maxima, quantized_stream, progress.part
-                )
-                work.blocks.keep_stream(index + 1, QUANTIZED, after)
-                del after
-            if alpha is not None:
-                smoothed = smooth_block(decoder, index, block, method.pairs, maxima, alpha)
-                part = halves(progress, 0.5, len(reference))
-                error = prove_equivalent(decoder, block, index, stream, reference, routing, smoothed, part)
-        quantized = quantize_block(decoder, index, block, method.scheme, maxima)
+        smoothed = smooth_one(decoder, block, work, index, method, streams, given, progress)
+        if decoder.dtype != torch.float32 and not smoothed.pairs:
+            decoder.materialize(index, torch.float32)  # as where it is smoothed
+        quantized = quantize_block(decoder, index, block, method.scheme, smoothed.maxima)
         write_shard(work.directory / shard_names(decoder, method.scheme).blocks[index], block_tensors(decoder, index, block, quantized))
-    record = record_of(smoothed, quantized, error, alpha)
-    record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, alpha)
-    if found is not None:
-        record["search"] = found
-    if given is None and (experts := tokens_of_experts(measured)):
-        record["experts"] = {"tokens": experts, "rerouted_tokens": routing.flipped}
-    if stream is not None:
-        work.blocks.keep_stream(index + 1, FULL, outputs)
-    kept |= {f"{FACTORS}{decoder.path(index)}.{pair.source}": pair.s for pair in smoothed}
-    work.blocks.finish(index, record, kept)
+    record = record_of(smoothed, quantized)
+    record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, smoothed.alpha)
+    if streams.full is not None:
+        work.blocks.keep_stream(index + 1, FULL, smoothed.outputs)
+    work.blocks.finish(index, record, smoothed.kept(decoder.path(index)))
     return record
 
 
@@ -275,6 +312,11 @@ def open_stream(decoder: Decoder, journal: Journal, samples: Samples | None) -> 
     return stream
 
 
+def open_streams(decoder: Decoder, journal: Journal, method: Method, samples: Samples | None, search: Search) -> Streams:
+    full = open_stream(decoder, journal, samples)
+    return Streams(full, open_quantized_stream(journal, full, search) if method.alpha == "block" and full is not None else None)
+
+
 def open_quantized_stream(journal: Journal, stream: Stream, search: Search) -> Stream:
     """The same for the stream that runs through quantized blocks, of the batches that are searched on."""
     chosen = search.choose(stream.hidden)
@@ -295,13 +337,11 @@ def halves(progress: Steps, offset: float, batches: int) -> Callable[[int], None
     return lambda done: progress.part(offset + done / batches / 2)
 
 
-def record_of(
-    smoothed: list[SmoothedPair], quantized: dict[str, QuantizedLinear], error: float, alpha: float | str | None
-) -> dict[str, Any]:
+def record_of(smoothed: Smoothed, quantized: dict[str, QuantizedLinear]) -> dict[str, Any]:
     """What plan.json says of a block."""
-    return {
-        "alpha": alpha,
-        "equivalence_error": error,
+    record: dict[str, Any] = {
+        "alpha": smoothed.alpha,
+        "equivalence_error": smoothed.equivalence_error,
         "pairs": [
             {
                 "source": pair.source,
@@ -310,10 +350,11 @@ def record_of(
                 "largest_factor": pair.s.max().item(),
                 "dead_channels": pair.dead_channels,
             }
-            for pair in smoothed
+            for pair in smoothed.pairs
         ],
         "linears": {name: {"weight_error": linear.error, "sha256": linear.digest} for name, linear in quantized.items()},
     }
+    return record | {key: value for key, value in (("search", smoothed.search), ("experts", smoothed.experts)) if value is not None}
 
 
 @dataclass(frozen=True)
@@ -402,36 +443,81 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
     write_json(directory / MANIFEST, manifest(directory))
 
 
-def calibrate(model: str | Path, output: str | Path, *, calibration: Calibration, pairs: str | Path | None = None) -> Path:
-    """Measure the per-channel maxima of every linear's input on the calibration text and write them alone, as one safetensors file.
+@torch.no_grad()
+def calibrate(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: Calibration,
+    pairs: str | Path | None = None,
+    alpha: str | float | None = None,
+    scheme: str = "w4a16",
+    activations: str | None = None,
+    weights: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    smooth: str = "norms",
+    search: Search = Search(),  # noqa: B008 (frozen)
+) -> Path:
+    """Measure on the calibration text, and write one safetensors file: the per-channel maxima of every linear's input, or with `alpha` the
+    smoothing factors, the same as `quantize` with these options folds (its smoothing.safetensors).
 
-    Resumes like `quantize`. Raises InputError as it does.
+    All that comes after `alpha` is as in `quantize`, and counts with it alone. Resumes like `quantize`. Raises InputError as it does.
     """
     model, output = Path(model), Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: statistics are written as safetensors; give a name that ends in .safetensors.")
     if calibration.statistics:
         raise InputError("calibrate measures statistics: give it text.")
+    chosen = find_scheme(scheme, activations, weights, group_size, symmetric)
     decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
+    notes: list[str] = []
+    active: Sequence[Pair] = ()
+    strength: float | str | None = None
+    if alpha is not None:
+        if smooth == "none":
+            raise InputError("--smooth none has no factors: choose norms or all.")
+        check_groups(decoder, chosen)
+        strength = choose_alpha(decoder, chosen, smooth, alpha, notes)
+        active = choose_pairs(decoder, smooth)
     check_calibration(decoder, calibration, needed=True)
-    recipe = {"calibrate": True, **describe(decoder, calibration)}
+    recipe: dict[str, Any] = {"calibrate": True, **describe(decoder, calibration)}
+    searched = 0
+    if alpha is not None:
+        recipe |= {"scheme": chosen.model_dump(), "smooth": smooth, "alpha": strength}
+    if isinstance(strength, str):
+        check_search(calibration, search, strength)
+        searched = 1 if strength == "block" else 1 + len(GRID)
+        recipe["samples_search"] = search.samples
     with Workspace(output, recipe, environment(decoder)) as work:
         if work.complete:
             return output
         samples = read_samples(decoder, calibration)
         work.check_samples(samples.batches)
-        stream = open_stream(decoder, work.blocks, samples)
-        with steps("block", len(decoder), work.blocks.done) as progress:
-            for index in range(work.blocks.done, len(decoder)):
-                assert stream is not None
-                with decoder.block(index) as block:
-                    maxima, outputs = decoder.measure(block, index, stream, lambda done: progress.part(done / len(stream.hidden)))
-                named = {f"{decoder.path(index)}.{name}": channels.maxima for name, channels in maxima.items()}
-                work.blocks.keep_stream(index + 1, FULL, outputs)
-                del outputs  # on disk now: not a second time in memory while the next block runs
-                work.blocks.finish(index, {}, named)
-                stream.hidden = work.blocks.stream(FULL)
-                progress.step()
-        write_shard(work.directory / output.name, work.blocks.tensors(), {"recipe": json.dumps(work.recipe, sort_keys=True)})
+        check_space(decoder, work, 0, samples, search, 0 if work.search_result.is_file() else searched)
+        if strength == "model":
+            found = search_model(decoder, work, chosen, active, samples, search)
+            strength = found["alpha"]
+            notes.append(search_note(found))
+        calibrate_blocks(decoder, work, Method(chosen, smooth, active, strength), samples, search)
+        kind = MAXIMA if alpha is None else FACTORS
+        kept = {name.removeprefix(kind): tensor for name, tensor in work.blocks.tensors().items() if name.startswith(kind)}
+        write_shard(work.directory / output.name, kept, {"recipe": json.dumps(work.recipe, sort_keys=True)})
         work.publish(work.directory / output.name)
+    for remark in notes:
+        note(remark)
     return output
+
+
+def calibrate_blocks(decoder: Decoder, work: Workspace, method: Method, samples: Samples, search: Search) -> None:
+    """The maxima and the factors of every block that is not done yet, one in memory at a time."""
+    streams = open_streams(decoder, work.blocks, method, samples, search)
+    with steps("block", len(decoder), work.blocks.done) as progress:
+        for index in range(work.blocks.done, len(decoder)):
+            with decoder.block(index) as block:
+                smoothed = smooth_one(decoder, block, work, index, method, streams, None, progress)
+            work.blocks.keep_stream(index + 1, FULL, smoothed.outputs)
+            work.blocks.finish(index, {}, smoothed.kept(decoder.path(index)))
+            del smoothed  # on disk now: not a second time in memory while the next block runs
+            streams.advance(work.blocks)
+            progress.step()

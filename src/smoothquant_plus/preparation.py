@@ -27,7 +27,7 @@ from smoothquant_plus.models.blocks import (
 )
 from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
-from smoothquant_plus.models.sizes import fitting_group_sizes, quantized_bytes
+from smoothquant_plus.models.sizes import fitting_group_sizes
 from smoothquant_plus.models.statistics import read_statistics
 from smoothquant_plus.models.vllm_limits import check_for_vllm
 from smoothquant_plus.progress import note
@@ -161,8 +161,8 @@ def check_target(decoder: Decoder, scheme: Scheme, target: str) -> list[str]:
     return check_for_vllm(decoder, scheme) if target == "vllm" else []
 
 
-def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samples | None, search: Search, searched: int) -> None:
-    """Raises InputError when the disk cannot hold what is still to be written: the output, and the hidden states that an interrupted run
+def check_space(decoder: Decoder, work: Workspace, output: float, samples: Samples | None, search: Search, searched: int) -> None:
+    """Raises InputError when the disk cannot hold what is still to be written: `output` bytes, and the hidden states that an interrupted run
     continues from, those of two blocks for a moment; so too those of the `searched` streams that a search keeps."""
     free = shutil.disk_usage(work.root).free
     tokens = 2 * samples.tokens if samples else 0
@@ -170,7 +170,7 @@ def check_space(decoder: Decoder, work: Workspace, scheme: Scheme, samples: Samp
         tokens += 2 * searched * sum(samples.batches[batch].numel() for batch in search.choose(samples.batches))
     streams = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
-    needed = quantized_bytes(decoder, scheme) + streams - written
+    needed = output + streams - written
     if free < needed:
         raise InputError(
             f"the disk of {work.output} has {free / 1e9:.2f} GB free, and this run needs about {needed / 1e9:.2f} GB: free some space or "
