@@ -32,7 +32,7 @@ ONLY_IN = {
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
     "triton": set(),
-    "vllm": {"runtime/vllm.py"},
+    "vllm": {"runtime/vllm.py", "runtime/agreement.py", "evaluation/benchmark_serve.py"},
     "lm_eval": set(),
     "matplotlib": {"evaluation/plot.py"},
     "onnx": {"evaluation/peers.py"},

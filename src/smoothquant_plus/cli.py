@@ -270,12 +270,15 @@ def calibrate(
 def verify(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory written by quantize.", show_default=False)],
     against: Annotated[Path | None, typer.Option(help="The model it was made of: repeat every block and prove the smoothing.")] = None,
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Also load OUT in vLLM and compare what it answers with this package's runtime.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check hashes, shapes and every quantized weight of OUT, bit by bit."""
     from smoothquant_plus.verification import verify as run
 
-    report = run(output, against)
+    report = run(output, against, vllm)
 
     def human() -> None:
         out.print(
@@ -287,6 +290,12 @@ def verify(
                 table.add_row(name, f"{error:.2e}")
             out.print(table)
             out.print(f"every tensor follows from {against}; largest equivalence error of a block {report.equivalence_error:.1e}")
+        if report.vllm is not None:
+            found = report.vllm
+            out.print(
+                f"vLLM answers the same: log-probabilities differ by {found.mean_difference:.1e} in the mean, {found.largest_difference:.1e} at "
+                f"most, and {found.same_tokens} of {found.tokens} greedy tokens are the same"
+            )
 
     show(report, as_json, human)
 
@@ -445,6 +454,33 @@ def model(
 
     check_file(json_file)
     found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend)
+    show_tables(tables(found), remarks(found))
+    save_json(json_file, found)
+
+
+@functools.partial(command, group=bench, context_settings={"ignore_unknown_options": True})
+def serve_(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_OUT... [OPTIONS OF VLLM]",
+            help="Directories of models. One alone in full precision is also quantized while it is loaded, in each scheme.",
+            show_default=False,
+        ),
+    ],
+    requests: Annotated[int, typer.Option(help="Requests in all.", min=1)] = 32,
+    input_tokens: Annotated[int, typer.Option(help="Tokens of each prompt, which are random.", min=1)] = 256,
+    output_tokens: Annotated[int, typer.Option(help="Tokens to generate for each.", min=2)] = 32,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """vLLM's server on each model, with vLLM's own benchmark: throughput, time to the first token and for each further one. Ratios are to the
+    first; further options are the server's, such as --max-model-len 4096."""
+    from smoothquant_plus.evaluation.benchmark_serve import bench_serve, remarks, tables
+
+    check_file(json_file)
+    first = next((index for index, word in enumerate(models) if word.startswith("-")), len(models))
+    found = bench_serve([Path(word) for word in models[:first]], requests, input_tokens, output_tokens, concurrency, models[first:])
     show_tables(tables(found), remarks(found))
     save_json(json_file, found)
 

@@ -42,6 +42,8 @@ from smoothquant_plus.models.transform import (
     smooth_block,
 )
 from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.agreement import Agreement, compare_with_vllm
+from smoothquant_plus.runtime.serve import check_vllm
 from smoothquant_plus.text import synthetic_samples
 from smoothquant_plus.workspace import PLAN
 
@@ -57,6 +59,7 @@ class Report:
     linears: int = 0
     equivalence_error: float | None = None
     weight_error: dict[str, float] = field(default_factory=dict)
+    vllm: Agreement | None = None
 
 
 def manifest(directory: Path) -> dict[str, str]:
@@ -73,11 +76,11 @@ def read_plan(directory: Path) -> dict[str, Any]:
     return plan
 
 
-def verify(directory: str | Path, against: str | Path | None = None) -> Report:
+def verify(directory: str | Path, against: str | Path | None = None, vllm: bool = False) -> Report:
     """Check every file's hash, every tensor's shape, the quantized ones' dtypes, and every quantized weight bit by bit against the plan.
 
     With `against`, the full-precision model it was made of, also repeat each block from it and compare all of its tensors bit by bit,
-    and prove the smoothing equivalent in float32 on random tokens.
+    and prove the smoothing equivalent in float32 on random tokens. With `vllm`, compare what vLLM answers with what this package does.
     Raises InputError when `directory` is not an output of this package, and VerificationError naming all that is wrong.
     """
     directory = Path(directory)
@@ -88,6 +91,8 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Report:
             f"{directory} has no {MANIFEST} and no {PLAN}: it was not written by smoothquant-plus, so there is nothing to verify."
         )
     source = Checkpoint(Path(against)) if against is not None else None
+    if vllm:
+        check_vllm()
     report = Report()
     problems = _check_hashes(directory, report)
     try:
@@ -98,6 +103,8 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Report:
         raise VerificationError(f"{directory} is damaged: " + "; ".join(dict.fromkeys(problems)))
     if source is not None:
         _check_against(directory, source, report)
+    if vllm:
+        report.vllm = compare_with_vllm(directory)
     return report
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from serving import SCHEMES, Answer, ask, open_engine, stop
+from vllm import LLM
 
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
-from vllm import LLM
 
 
 @pytest.fixture(scope="session")

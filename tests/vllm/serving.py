@@ -18,12 +18,12 @@ os.environ.update(
 
 import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3MoeConfig
+from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
 
 import families
 from smoothquant_plus.runtime.load import load
-from vllm import LLM, SamplingParams
 
 # vLLM looks at each architecture in a process of its own, which takes half a minute for every one of them.
 registry._run_in_subprocess = lambda function: function()

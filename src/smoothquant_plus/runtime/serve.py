@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.method.scheme import find_scheme
+from smoothquant_plus.method.scheme import Scheme, find_scheme
 from smoothquant_plus.models.blocks import build_skeleton, declared_family, head_paths, load_config, open_family
 from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
 
@@ -31,11 +31,7 @@ def server_command(directory: Path, scheme: str | None = None, options: Sequence
     Raises InputError when vLLM is not installed, for a directory that is no model, and for a scheme that cannot be had.
     """
     check_vllm()
-    config = load_config(directory)
-    _, family = open_family(config, declared_family(directory))
-    checkpoint = Checkpoint(directory)
-    heads = head_paths(build_skeleton(config, torch.float32), family)
-    stored = read_scheme(checkpoint.config, directory, heads)
+    stored = stored_scheme(directory)
     command = [sys.executable, "-m", SERVER, "--model", str(directory)]
     if scheme is not None:
         if stored is not None:
@@ -47,12 +43,25 @@ def server_command(directory: Path, scheme: str | None = None, options: Sequence
     if not torch.cuda.is_available():
         memory = psutil.virtual_memory()
         if not any(option.startswith("--gpu-memory-utilization") for option in options):
-            # What vLLM may use, as a part of all memory: more than is free is an error.
-            command += ["--gpu-memory-utilization", f"{0.9 * memory.available / memory.total:.2f}"]
+            command += ["--gpu-memory-utilization", f"{usable_memory():.2f}"]
         if KV_CACHE not in os.environ and not any(option.startswith("--kv-cache-memory-bytes") for option in options):
             left = 0.9 * memory.available - sum(file.stat().st_size for file in directory.glob("*.safetensors"))
             environment[KV_CACHE] = str(max(1, int(left / 2e9)))
     return [*command, *options], environment
+
+
+def usable_memory() -> float:
+    """What vLLM may use on a CPU, as a part of all memory: it takes more than is free for an error."""
+    memory = psutil.virtual_memory()
+    return 0.9 * memory.available / memory.total
+
+
+def stored_scheme(directory: Path) -> Scheme | None:
+    """What the checkpoint in `directory` is quantized to, None for full precision. Raises InputError for a directory that is no model."""
+    config = load_config(directory)
+    _, family = open_family(config, declared_family(directory))
+    heads = head_paths(build_skeleton(config, torch.float32), family)
+    return read_scheme(Checkpoint(directory).config, directory, heads)
 
 
 def check_vllm() -> None:

@@ -409,7 +409,7 @@ class Quantizer:
         elif self.alpha is not None:
             how = f"smoothed ({self.smooth}) with alpha {self.alpha:g}"
         else:
-            how = f"rounded to nearest, not smoothed (there is no {SMOOTHING} and no {STATISTICS} beside the model, or smooth is none)"
+            how = f"rounded to nearest, not smoothed (no {SMOOTHING} and no {STATISTICS} with anything to smooth beside the model, or smooth is none)"
         return f"{self.decoder.checkpoint.directory} as {self.scheme.name}, {how}"
 
     def config(self) -> dict[str, Any]:

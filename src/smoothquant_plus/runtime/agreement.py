@@ -1,0 +1,98 @@
+"""Whether vLLM answers as this package's own runtime does."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_plus.errors import VerificationError
+from smoothquant_plus.models.blocks import load_config
+from smoothquant_plus.progress import note
+from smoothquant_plus.runtime.load import load
+from smoothquant_plus.runtime.serve import usable_memory
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 32, 16
+LIKELIEST = 20  # how many log-probabilities vLLM gives at each position
+
+# Nats. Roundings that fall the other way cost less than 0.02 (docs/formats.md), bfloat16 less than 0.05; a scale that is wrong costs more than 1.
+TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Log-probabilities in nats, of the likeliest tokens at `positions` positions of random prompts, in vLLM and here; and how many of the
+    `tokens` that vLLM chose, greedily, are those that this package's runtime chooses there."""
+
+    positions: int
+    mean_difference: float
+    largest_difference: float
+    tokens: int
+    same_tokens: int
+
+
+def compare_with_vllm(directory: Path) -> Agreement:
+    """Run random prompts in vLLM and here, on the GPU where there is one, and in float32 on a CPU. Raises InputError as `load` does, and
+    VerificationError when the answers differ by more than rounding."""
+    config = load_config(directory)
+    cuda = torch.cuda.is_available()
+    dtype = (config.dtype or torch.float16) if cuda else torch.float32
+    vocabulary = config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    answers = ask_vllm(directory, prompts, dtype, {} if cuda else {"gpu_memory_utilization": usable_memory()})
+    note(f"{directory} in this package's runtime:")
+    model = load(directory, device="cuda" if cuda else "cpu", dtype=dtype)
+    differences, same = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        new = torch.tensor(answer.outputs[0].token_ids)
+        with torch.inference_mode():
+            logits = model(torch.cat([prompt, new])[None].to(model.device)).logits[0].float().cpu()
+        expected = logits.log_softmax(dim=-1)  # (tokens, vocabulary): row t is of token t + 1
+        for position, likeliest in enumerate(answer.prompt_logprobs[1:]):
+            differences += [abs(found.logprob - expected[position, token].item()) for token, found in likeliest.items()]
+        same.append(logits[PROMPT_TOKENS - 1 : -1].argmax(dim=-1) == new)
+    errors, chosen = torch.tensor(differences), torch.cat(same)
+    agreement = Agreement(
+        positions=PROMPTS * (PROMPT_TOKENS - 1),
+        mean_difference=errors.mean().item(),
+        largest_difference=errors.max().item(),
+        tokens=len(chosen),
+        same_tokens=int(chosen.sum()),
+    )
+    if not agreement.mean_difference <= TOLERANCE:
+        raise VerificationError(
+            f"vLLM does not answer as this package does: the log-probabilities of {directory} differ by {agreement.mean_difference:.3g} in the "
+            f"mean, and {TOLERANCE:g} is more than rounding does."
+        )
+    return agreement
+
+
+def ask_vllm(directory: Path, prompts: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> list[Any]:
+    """vLLM's answers to the prompts, one each; the engine runs in this process, and is gone afterwards. `options` are more of its own."""
+    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine = LLM(
+        str(directory),
+        dtype=str(dtype).removeprefix("torch."),
+        enforce_eager=True,
+        max_model_len=PROMPT_TOKENS + NEW_TOKENS,
+        max_num_seqs=PROMPTS,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=LIKELIEST)
+    answers = engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], how, use_tqdm=False)
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return list(answers)
