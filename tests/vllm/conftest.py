@@ -22,7 +22,7 @@ def out(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: p
     def get(family: str, scheme: str) -> Path:
         if (family, scheme) not in made:
             directory = tmp_path_factory.mktemp(f"{family}-{scheme}") / "out"
-            quantize(tiny(f"wide-{family}"), directory, **SCHEMES[scheme], smooth="all", alpha=0.6, calibration=calibration)
+            quantize(tiny(f"wide-{family}"), directory, **SCHEMES[scheme], smooth="all", alpha=0.6, calibration=calibration, target="here")
             made[family, scheme] = directory
         return made[family, scheme]
 

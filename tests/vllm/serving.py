@@ -17,32 +17,51 @@ os.environ.update(
 )
 
 import torch
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
+from vllm.model_executor.models.transformers import base
 
 import families
 from smoothquant_plus.runtime.load import load
 
+# Its transformers backend would change transformers' classes for good, and for this package's runtime too.
+base.Base._decorate_cls_for_torch_compile = lambda *args, **options: None
 # vLLM looks at each architecture in a process of its own, which takes half a minute for every one of them.
 registry._run_in_subprocess = lambda function: function()
 
-# vLLM's attention on CPUs wants heads of 32 channels and more.
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-GPT2_NAMES = {name: value for name, value in families.COMMON.items() if "position" not in name}
-families.TINY |= {
-    "wide-llama": LlamaConfig(**SHAPE, num_key_value_heads=2, **families.COMMON),
-    "wide-qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2, **families.COMMON),  # biases
-    "wide-opt": OPTConfig(
-        hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=128, **families.COMMON
-    ),
-    "wide-gpt2": GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, **GPT2_NAMES),  # Conv1D
-    "wide-mixtral": MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **families.COMMON),
-    "wide-qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, **families.COMMON
-    ),
+# Layers as wide as vLLM's kernels for CPUs take them: its attention wants heads of 32 channels and more, and latents of the size that DeepSeek has.
+WIDE = {
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 128),
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), 256),
+    "ffn_hidden_size": 512,  # Falcon's, four times the hidden size
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), 32),
+    "rotary_dim": 16,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
 }
+
+
+def widened(config: Any) -> Any:
+    """The tiny configuration with wide layers."""
+    options = {name: WIDE[name] if value is not None and name in WIDE else value for name, value in config.to_dict().items()}
+    if options.get("text_config"):
+        options |= {
+            "text_config": widened(config.text_config).to_dict(),
+            "vision_config": {**config.vision_config.to_dict(), "hidden_size": 64},
+        }
+    if config.model_type == "deepseek_v2":
+        options |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    if config.model_type == "deepseek_v3":
+        options |= {"head_dim": WIDE["qk_rope_head_dim"], "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    return type(config).from_dict(options)
+
+
+families.TINY |= {f"wide-{name}": widened(config) for name, config in families.TINY.items()}
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "token": {"scheme": "w8a8"},
@@ -65,6 +84,9 @@ def ours(directory: Path) -> Answer:
 
 
 def open_engine(directory: Path, **options: Any) -> LLM:
+    """vLLM on the model in `directory`."""
+    if AutoConfig.from_pretrained(directory).model_type.startswith("deepseek"):
+        options = {"compilation_config": {"custom_ops": ["none"]}, **options}  # docs/formats.md: its norm is wrong without
     small = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256, "gpu_memory_utilization": 0.2}
     kept = {"max_logprobs": families.VOCABULARY, "enable_prefix_caching": False, "disable_log_stats": True}
     return LLM(str(directory), **{"dtype": "float32", "enforce_eager": True, **small, **kept, **options})

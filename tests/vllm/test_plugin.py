@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from serving import SCHEMES, Answer, ours
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import families
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.integers import dequantize
 from smoothquant_plus.method.scheme import find_scheme
@@ -35,15 +38,22 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason="the kernels a
 
 
 def check(found: Answer, expected: Answer, scheme: str) -> None:
-    """Equal but for rounding. Dynamic scales follow the last bit of the norms, which vLLM computes in another order, and now and then an
-    activation is rounded the other way."""
+    """Equal but for rounding. vLLM computes norms and activation functions in another order, or with another formula (BLOOM, Gemma 2), and now and
+    then an activation is rounded the other way. In nats, where a wrong scale changes the mean by more than 0.5."""
     difference = (found[0] - expected[0][: len(found[0])]).abs()
-    assert difference.max() < (0.1 if scheme == "token" else 1e-3) and difference.mean() < (0.01 if scheme == "token" else 1e-4)
+    largest, mean = (0.3, 0.02) if scheme in ("token", "static") else (0.01, 0.001)
+    assert difference.max() < largest and difference.mean() < mean
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2", "mixtral", "qwen3-moe"])
+# Every layout of every family; wrappers' text alone could be tried, see docs/formats.md.
+WRAPPERS = {"llava", "llava-next", "mistral3", "gemma3-vision"}
+LAYOUTS = [name.removeprefix("wide-") for name in families.TINY if name.startswith("wide-") and name.removeprefix("wide-") not in WRAPPERS]
+UNREAD = ("bloom", "deepseek-v2-lite", "deepseek-v3")  # with static activations
+READ = [(family, scheme) for family in LAYOUTS for scheme in SCHEMES if scheme != "static" or family not in UNREAD]
+
+
+@pytest.mark.parametrize(("family", "scheme"), READ)
 def test_checkpoints_run_on_our_kernels(family: str, scheme: str, out: Out, theirs: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     original = cpu.linear
@@ -207,22 +217,91 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("case", ["in processes of its own", "compiled", "compiled experts"])
-def test_other_ways_to_run(case: str, out: Out, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """vLLM finds the plugin by its entry point; what is quantized while loading goes to its processes too."""
-    family, scheme = ("mixtral", "asymmetric") if case == "compiled experts" else ("llama", "static")
-    directory, options = out(family, scheme), {"enforce_eager": False}
-    if case == "in processes of its own":
-        directory = beside(tiny("wide-llama"), out(family, scheme), tmp_path / "model", SMOOTHING, STATISTICS)
-        options = on_load(scheme)
+SHARED = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: str
+    scheme: str
+    loaded: bool  # quantized while it is loaded
+    options: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("in processes of its own", "llama", "static", True, {}),
+        Case("compiled", "llama", "static", False, {"enforce_eager": False}),
+        Case("compiled experts", "mixtral", "asymmetric", False, {"enforce_eager": False}),
+        Case("in two workers", "llama", "static", False, SHARED),
+        Case("in two workers", "qwen2", "asymmetric", False, SHARED),
+        Case("in two workers", "gpt2", "symmetric", True, SHARED),
+        Case("experts in two workers", "mixtral", "asymmetric", True, SHARED),
+    ],
+    ids=lambda case: f"{case.name}-{case.family}-{case.scheme}",
+)
+def test_other_ways_to_run(case: Case, out: Out, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """vLLM finds the plugin by its entry point; what is quantized while loading goes to its processes too, and tensor parallelism shares the
+    integers, their scales and their zero points out."""
+    directory, options = out(case.family, case.scheme), case.options
+    if case.loaded:
+        directory = beside(tiny(f"wide-{case.family}"), directory, tmp_path / "model", SMOOTHING, STATISTICS)
+        options = {**options, **on_load(case.scheme)}
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
+    logprobs, tokens = answer_of(script, directory, json.dumps(options))
+    check((torch.tensor(logprobs), tokens), ours(out(case.family, case.scheme)), case.scheme)
+
+
+def answer_of(script: Path, *arguments: str | Path) -> Any:
+    """What the script prints after ANSWER."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, str(script), str(directory), json.dumps(options)], capture_output=True, text=True, env=environment, timeout=400
-    )
-    (answer,) = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")] or [done.stderr[-3000:]]
-    logprobs, tokens = json.loads(answer)
-    check((torch.tensor(logprobs), tokens), ours(out(family, scheme)), scheme)
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=400)
+    answers = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert answers, done.stderr[-3000:]
+    return json.loads(answers[0])
+
+
+MEMORY = """
+import json, sys, threading
+from pathlib import Path
+from serving import open_engine
+from smoothquant_plus.runtime import vllm as plugin
+def anonymous():
+    "Bytes of this process that are not pages of files."
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+plugin.register()
+load = plugin.Loader.load_model
+def measured(self, *args, **kwargs):
+    before, seen, done = anonymous(), [], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            seen.append(anonymous() - before)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load(self, *args, **kwargs)
+    done.set()
+    thread.join()
+    print("ANSWER", json.dumps([max(seen), anonymous() - before]), flush=True)
+    return model
+plugin.Loader.load_model = measured
+open_engine(Path(sys.argv[1]), quantization="sqplus", dtype="float16")
+"""
+
+
+def test_memory_while_loading(tmp_path: Path) -> None:
+    """What is quantized so far, and one block in full precision: never the whole model."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **families.COMMON)).half()
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "model", max_shard_size="60MB")
+    families.make_tokenizer().save_pretrained(tmp_path / "model")
+    script = tmp_path / "process.py"
+    script.write_text(MEMORY)
+    peak, after = answer_of(script, tmp_path / "model")
+    quantized, full_precision = 0.53 * 12 * block, 2 * 12 * block  # 4 bits, and 20 more for each group of 128
+    assert quantized < after and peak < quantized + 2 * 4 * block < 0.75 * full_precision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_plus.errors import VerificationError
+from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.models.blocks import load_config
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.load import load
@@ -73,26 +72,27 @@ def compare_with_vllm(directory: Path) -> Agreement:
 
 
 def ask_vllm(directory: Path, prompts: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> list[Any]:
-    """vLLM's answers to the prompts, one each; the engine runs in this process, and is gone afterwards. `options` are more of its own."""
-    os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"})
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    """vLLM's answers to the prompts, one each; `options` are more of its own. The engine runs in a process of its own and ends here: its
+    transformers backend changes transformers' classes."""
+    for name, value in (("VLLM_WORKER_MULTIPROC_METHOD", "spawn"), ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+        os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    engine = LLM(
-        str(directory),
-        dtype=str(dtype).removeprefix("torch."),
-        enforce_eager=True,
-        max_model_len=PROMPT_TOKENS + NEW_TOKENS,
-        max_num_seqs=PROMPTS,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **options,
-    )
-    how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=LIKELIEST)
-    answers = engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], how, use_tqdm=False)
-    engine.llm_engine.engine_core.shutdown()
-    del engine
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return list(answers)
+    try:
+        engine = LLM(
+            str(directory),
+            dtype=str(dtype).removeprefix("torch."),
+            enforce_eager=True,
+            max_model_len=PROMPT_TOKENS + NEW_TOKENS,
+            max_num_seqs=PROMPTS,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            **options,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"vLLM cannot load {directory}: {error}") from error
+    try:
+        how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=LIKELIEST)
+        return list(engine.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], how, use_tqdm=False))
+    finally:
+        engine.llm_engine.engine_core.shutdown()

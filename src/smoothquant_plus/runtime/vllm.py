@@ -43,6 +43,7 @@ from smoothquant_plus.models.blocks import (
     build_skeleton,
     declared_family,
     disk_names,
+    give_memory_back,
     head_paths,
     is_transposed,
     load_config,
@@ -430,7 +431,6 @@ class Quantizer:
             raise InputError(
                 f"'{name}' in {decoder.checkpoint.directory / SMOOTHING} is not of a norm or linear that can be smoothed here."
             )
-        take_memory_again()
 
     @torch.no_grad()
     def _block(self, index: int, unused: set[str]) -> dict[str, Tensor]:
@@ -447,6 +447,16 @@ class Quantizer:
 
 class Loader(DefaultModelLoader):
     """vLLM's loader, which takes the quantized tensors of `--quantization sqplus`, and refuses damaged checkpoints of ours by itself."""
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        quantized = model_config.quantization in (SQPLUS, "compressed-tensors")
+        if quantized:
+            give_memory_back()  # each layer's repacking leaves as much behind as the layer has
+        try:
+            return super().load_model(vllm_config, model_config, prefix)
+        finally:
+            if quantized:
+                take_memory_again()
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         self.ours = model_config.quantization == SQPLUS or is_ours(Path(model_config.model))
