@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.worker:
-        return worker(options.worker)
+        worker(options.worker)
+        return
     name = f"{options.hidden}x{options.layers}"
     model = options.work / name
     if not model.exists():
