@@ -139,7 +139,7 @@ def test_the_papers_deployment(tiny: Callable[..., Path], theirs: Callable[..., 
 
 def run(command: str, directory: Path, *more: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [str(SQPLUS), *shlex.split(command)[1:], *more], cwd=directory, capture_output=True, text=True, timeout=400, env=os.environ
+        [str(SQPLUS), *shlex.split(command)[1:], *more], cwd=directory, capture_output=True, text=True, timeout=900, env=os.environ
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
