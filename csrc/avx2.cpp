@@ -17,7 +17,7 @@ struct Avx2 {
   static constexpr int rows = 3;
   static constexpr int accumulators = 12;
   static constexpr bool unsigned_x = false;
-  static constexpr int fixed_vectors = 2;
+  static constexpr int fixed_vectors = 2;  // of a panel at once, for two rows of three pieces each
   using Float = __m256;
   using Int = __m256i;
 
@@ -55,15 +55,17 @@ struct Avx2 {
     const Int fours = _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
   }
-  // Products of nibbles and an int8, four added up in two of 16 bits: those of eight fours, which is narrow steps, do not overflow (16 * 15 * 128 <
-  // 2^15). As assembly: GCC 12 adds in another order, for which it spills.
+  // Products of nibbles and an int8, pairs of them in 16 bits: as many as there are in `narrow` steps can be added (16 * 15 * 128 < 2^15). As
+  // assembly: GCC 12 adds in another order, for which it spills.
   static constexpr int64_t narrow = 4;
-  static SQPLUS_INLINE Int dot4_narrow(Int sum, Int nibbles, Int x) {
+  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return _mm256_maddubs_epi16(nibbles, x); }
+  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) {
     Int pairs;
     asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(nibbles), "x"(x));
     return sum;
   }
   static SQPLUS_INLINE Int widen(Int sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  static SQPLUS_INLINE Int widen(Int low, Int high) { return _mm256_add_epi32(widen(low), _mm256_madd_epi16(high, _mm256_set1_epi16(256))); }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {

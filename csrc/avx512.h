@@ -25,7 +25,7 @@ struct Avx512 {
   static constexpr int rows = 6;
   static constexpr int accumulators = 24;
   static constexpr bool unsigned_x = true;
-  static constexpr int fixed_vectors = 4;
+  static constexpr int fixed_vectors = 4;  // of a panel at once, for two rows of three pieces each
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;
   using Int = emulated::Longs;
@@ -70,8 +70,10 @@ struct Avx512 {
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return low_nibbles(_mm512_srli_epi32(packed, 4)); }
   static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) { return dot4(dot4(sum, low, x), high, y); }
   static constexpr int64_t narrow = 16;  // 32-bit sums: all steps of a group
-  static SQPLUS_INLINE Int dot4_narrow(Int sum, Int nibbles, Int x) { return dot4(sum, nibbles, x); }
+  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return dot4(zero_int(), nibbles, x); }
+  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) { return dot4(sum, nibbles, x); }
   static SQPLUS_INLINE Int widen(Int sum) { return sum; }
+  static SQPLUS_INLINE Int widen(Int low, Int high) { return add_int(low, _mm512_slli_epi32(high, 8)); }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {

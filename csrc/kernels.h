@@ -39,19 +39,19 @@ struct W8Tile {
 };
 
 // x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
-// ((piece 2) * 256 + piece 1) * 256 + piece 0, of 22 bits and a sign, times a power of two that a row's channels of a group share.
+// (piece 2 * 256 + piece 1) * 256 + piece 0, of 23 bits and a sign, times a power of two that a row's channels of a group share.
 constexpr int kPieces = 3;
-constexpr int kFixedRows = 4;  // the most rows of a block of these
+constexpr int kFixedRows = 2;  // the most rows of a block of these
 
 struct Fixed {
-  float sums[kPieces];  // of each piece, over the channels of the group
-  float unit;           // the power of two; NaN where a number is not finite
+  float low, high;  // over the channels of the group: the sums of piece 1 * 256 + piece 0, and of piece 2
+  float unit;       // the power of two; NaN where a number is not finite
 };
 
 struct W4Tile {
-  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder (fixed point:
-                             // rows of 3 pieces)
-  const float* sums;         // (groups, rows): the activations of each group added up (fixed point: Fixed)
+  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
+                             // point the last for each piece
+  const float* sums;         // (groups, rows): the activations of each group added up; in fixed point Fixed
   int64_t rows;              // of all blocks
   int64_t groups;
   int64_t steps;             // of eight input channels, in a group: at most 16
