@@ -136,7 +136,7 @@ def test_w4a16_is_as_accurate_as_float32_sums(kind: str, scheme: Scheme, level: 
         return (layer(x).double() - x.double() @ meant.t()) / (x.double().abs() @ meant.abs().t())
 
     ours = errors()
-    assert ours.abs().max() < 1e-5
+    assert ours.abs().max() < 5e-5
     OPS.cpu_level(0)
     assert ours.norm() <= 1.25 * errors().norm()
 
