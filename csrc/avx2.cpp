@@ -7,7 +7,7 @@
 #include <utility>
 
 #pragma GCC target("avx2,fma,f16c")
-#include "tile.h"
+#include "fixed.h"
 
 namespace sqplus {
 namespace {
@@ -17,6 +17,7 @@ struct Avx2 {
   static constexpr int rows = 3;
   static constexpr int accumulators = 12;
   static constexpr bool unsigned_x = false;
+  static constexpr int fixed_vectors = 2;  // of a panel at once, for two rows of three pieces each
   using Float = __m256;
   using Int = __m256i;
 
@@ -38,6 +39,7 @@ struct Avx2 {
   }
   static SQPLUS_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
   static SQPLUS_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static SQPLUS_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static SQPLUS_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static SQPLUS_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
 
@@ -53,14 +55,17 @@ struct Avx2 {
     const Int fours = _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
   }
-  // A nibble where it is, so 2^shift times too large, which x makes up for: one instruction less than moving it. The highest would be
-  // a negative number.
-  static constexpr float x_scale(int shift) { return shift == 28 ? 1.0f : 1.0f / static_cast<float>(1 << shift); }
-  template <int shift>
-  static SQPLUS_INLINE Float nibble(Int packed) {
-    if constexpr (shift == 28) return _mm256_cvtepi32_ps(_mm256_srli_epi32(packed, 28));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(packed, _mm256_set1_epi32(15 << (shift % 28))));
+  // Products of nibbles and an int8, pairs of them in 16 bits: as many as there are in `narrow` steps can be added (16 * 15 * 128 < 2^15). As
+  // assembly: GCC 12 adds in another order, for which it spills.
+  static constexpr int64_t narrow = 4;
+  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return _mm256_maddubs_epi16(nibbles, x); }
+  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) {
+    Int pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(nibbles), "x"(x));
+    return sum;
   }
+  static SQPLUS_INLINE Int widen(Int sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  static SQPLUS_INLINE Int widen(Int low, Int high) { return _mm256_add_epi32(widen(low), _mm256_madd_epi16(high, _mm256_set1_epi16(256))); }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {
@@ -74,7 +79,7 @@ struct Avx2 {
 
 }  // namespace
 
-constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2");
+constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2", w4_fixed<Avx2>, fix_group);
 
 }  // namespace sqplus
 #endif

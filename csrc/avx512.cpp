@@ -4,7 +4,7 @@
 
 namespace sqplus {
 
-constexpr Kernels kAvx512 = kernels_of<Avx512>("avx512");
+constexpr Kernels kAvx512 = kernels_of<Avx512>("avx512", w4_fixed<Avx512>, fix_group);
 
 }  // namespace sqplus
 #endif

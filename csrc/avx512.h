@@ -15,7 +15,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #endif
-#include "tile.h"
+#include "fixed.h"
 
 namespace sqplus {
 namespace {
@@ -25,6 +25,7 @@ struct Avx512 {
   static constexpr int rows = 6;
   static constexpr int accumulators = 24;
   static constexpr bool unsigned_x = true;
+  static constexpr int fixed_vectors = 4;  // of a panel at once, for two rows of three pieces each
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;
   using Int = emulated::Longs;
@@ -52,6 +53,7 @@ struct Avx512 {
   }
   static SQPLUS_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
   static SQPLUS_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static SQPLUS_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static SQPLUS_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static SQPLUS_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
 
@@ -67,13 +69,11 @@ struct Avx512 {
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm512_and_si512(packed, _mm512_set1_epi32(0x0f0f0f0f)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return low_nibbles(_mm512_srli_epi32(packed, 4)); }
   static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) { return dot4(dot4(sum, low, x), high, y); }
-  static constexpr float x_scale(int) { return 1; }
-  // A table of 16 numbers, of which the lowest 4 bits choose one.
-  template <int shift>
-  static SQPLUS_INLINE Float nibble(Int packed) {
-    alignas(64) static constexpr float table[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return _mm512_permutexvar_ps(shift == 0 ? packed : _mm512_srli_epi32(packed, shift), load(table));
-  }
+  static constexpr int64_t narrow = 16;  // 32-bit sums: all steps of a group
+  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return dot4(zero_int(), nibbles, x); }
+  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) { return dot4(sum, nibbles, x); }
+  static SQPLUS_INLINE Int widen(Int sum) { return sum; }
+  static SQPLUS_INLINE Int widen(Int low, Int high) { return add_int(low, _mm512_slli_epi32(high, 8)); }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {

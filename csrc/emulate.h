@@ -72,15 +72,12 @@ inline Floats cvtph_ps(__m256i a) {
   return each<Floats>([&](int i) { return from_half(from[i]); });
 }
 inline Floats add_ps(Floats a, Floats b) { return a + b; }
+inline Floats mul_ps(Floats a, Floats b) { return a * b; }
 inline Floats fmadd_ps(Floats a, Floats b, Floats c) {
   return each<Floats>([&](int i) { return std::fma(a[i], b[i], c[i]); });
 }
 inline Floats fnmadd_ps(Floats a, Floats b, Floats c) {
   return each<Floats>([&](int i) { return std::fma(-a[i], b[i], c[i]); });
-}
-inline Floats permutexvar_ps(Longs index, Floats table) {
-  const Unsigned at = as<Unsigned>(index);
-  return each<Floats>([&](int i) { return table[at[i] & 15]; });
 }
 inline Longs permutexvar_epi16(Longs index, Longs table) {
   const Shorts at = as<Shorts>(index), from = as<Shorts>(table);
@@ -124,8 +121,8 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_load_si512 sqplus::emulated::load
 #define _mm512_loadu_ps sqplus::emulated::loadu_ps
 #define _mm512_loadu_si512 sqplus::emulated::load
+#define _mm512_mul_ps sqplus::emulated::mul_ps
 #define _mm512_permutexvar_epi16 sqplus::emulated::permutexvar_epi16
-#define _mm512_permutexvar_ps sqplus::emulated::permutexvar_ps
 #define _mm512_set1_epi32 sqplus::emulated::set1_epi32
 #define _mm512_set1_ps sqplus::emulated::set1_ps
 #define _mm512_setzero_ps sqplus::emulated::setzero_ps

@@ -38,9 +38,20 @@ struct W8Tile {
   int32_t* y;                 // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
+// x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
+// (piece 2 * 256 + piece 1) * 256 + piece 0, of 23 bits and a sign, times a power of two that a row's channels of a group share.
+constexpr int kPieces = 3;
+constexpr int kFixedRows = 2;  // the most rows of a block of these
+
+struct Fixed {
+  float low, high;  // over the channels of the group: the sums of piece 1 * 256 + piece 0, and of piece 2
+  float unit;       // the power of two; NaN where a number is not finite
+};
+
 struct W4Tile {
-  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder
-  const float* sums;         // (groups, rows): the activations of each group added up
+  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
+                             // point the last for each piece
+  const float* sums;         // (groups, rows): the activations of each group added up; in fixed point Fixed
   int64_t rows;              // of all blocks
   int64_t groups;
   int64_t steps;             // of eight input channels, in a group: at most 16
@@ -55,16 +66,18 @@ struct Kernels {
   const char* name;
   int rows;           // the most rows of a block
   bool unsigned_x;    // whether w8 takes x with 128 added (as uint8); the weights' sums are subtracted again
-  float x_scale[8];   // what w4 wants each eighth float32 input channel multiplied by: powers of two
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
-  void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32
+  void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32, or in fixed point where there is fix
   void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
   void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);         // x int8
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
   void (*quantize)(const float* x, int64_t count, float scale, int8_t* to);
+  // A group of x, a multiple of 8 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
+  // Null where w4 takes float32.
+  void (*fix)(const float* x, int64_t count, int64_t stride, int32_t* to, Fixed*);
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
 

@@ -338,11 +338,11 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
-  const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16;
-  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
-  const int64_t of_group = pairs ? group_size / 2 : group_size;  // 32-bit numbers
+  const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
+  const std::vector<Block> blocks = blocks_of(m, fixed ? kFixedRows : kernels.rows);
+  const int64_t of_group = pairs ? group_size / 2 : fixed ? group_size / 4 * kPieces : group_size;  // 32-bit numbers
   const auto prepared = room<int32_t>(m * groups * of_group);
-  const auto sums = room<float>(m * groups);
+  const auto sums = room<float>(m * groups * (fixed ? sizeof(Fixed) / sizeof(float) : 1));
   const char* values = static_cast<const char*>(x.data_ptr());
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
@@ -351,18 +351,18 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
       for (int r = 0; r < rows; ++r) {
         const char* from = values + (top + r) * k * size_of(type);
         kernels.read(type, from, k, row.get());
-        for (int64_t group = 0; group < groups; ++group) {
-          float sum = 0;
-          for (int64_t i = group * group_size; i < (group + 1) * group_size; ++i) sum += row[i];
-          sums[group * m + top + r] = sum;
-        }
-        if (!pairs) {
-          for (int64_t i = 0; i < k; ++i) row[i] *= kernels.x_scale[i % 8];
-        }
         const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
         for (int64_t group = 0; group < groups; ++group) {
-          int32_t* to = prepared.get() + (group * m + top) * of_group + r;
-          for (int64_t i = 0; i < of_group; ++i) std::memcpy(to + i * rows, numbers + (group * of_group + i) * 4, 4);
+          const float* own = row.get() + group * group_size;
+          int32_t* to = prepared.get() + (group * m + top) * of_group;
+          if (fixed) {
+            kernels.fix(own, group_size, rows * kPieces, to + r * kPieces, reinterpret_cast<Fixed*>(sums.get()) + group * m + top + r);
+            continue;
+          }
+          float sum = 0;
+          for (int64_t i = 0; i < group_size; ++i) sum += own[i];
+          sums[group * m + top + r] = sum;
+          for (int64_t i = 0; i < of_group; ++i) std::memcpy(to + i * rows + r, numbers + (group * of_group + i) * 4, 4);
         }
       }
     }

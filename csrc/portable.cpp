@@ -84,7 +84,6 @@ struct Portable {
   static SQPLUS_INLINE Int dot8(const Int& sum, const Int& low, const Int& x, const Int& high, const Int& y) {
     return dot4(dot4(sum, x, low), y, high);
   }
-  static constexpr float x_scale(int) { return 1; }
   template <int shift>
   static SQPLUS_INLINE Float nibble(const Int& packed) {
     return each([&](int i) { return static_cast<float>((static_cast<uint32_t>(packed.v[i]) >> shift) & 15); });
@@ -102,6 +101,6 @@ struct Portable {
 
 }  // namespace
 
-constexpr Kernels kPortable = kernels_of<Portable>("portable");
+constexpr Kernels kPortable = kernels_of<Portable>("portable", w4<Portable>, nullptr);
 
 }  // namespace sqplus

@@ -266,15 +266,16 @@ int64_t peak_float32(int64_t iterations) {
   return iterations * N * V::width * 2;
 }
 
+// `product` is w4<V>, or w4_fixed<V> with `fix` (fixed.h).
 template <class V>
-constexpr Kernels kernels_of(const char* name) {
+constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, decltype(Kernels::fix) fix) {
   Kernels kernels{};
   kernels.name = name;
   kernels.rows = V::rows;
   kernels.unsigned_x = V::unsigned_x;
-  for (int e = 0; e < 8; ++e) kernels.x_scale[e] = V::x_scale(nibble_shift(e));
   kernels.w8 = w8<V>;
-  kernels.w4 = w4<V>;
+  kernels.w4 = product;
+  kernels.fix = fix;
   kernels.w4a8 = w4a8<V>;
   kernels.read = read_row;
   kernels.absolute_maximum = absolute_maximum_of;

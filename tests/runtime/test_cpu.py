@@ -110,6 +110,37 @@ def test_w4_is_the_reference(scheme: Scheme, level: str) -> None:
             assert ((rounded(x).float() - right(x).float()).abs() <= 2 * bound).all(), (m, n, k, scale_dtype, dtype)
 
 
+def activations(kind: str, m: int, k: int) -> Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(k))
+    if kind == "an outlier":
+        x[:, 5] *= 1000
+    elif kind == "heavy tails":
+        x **= 5
+    elif kind == "channels of all sizes":
+        x *= 2.0 ** (torch.arange(k) * 7 % 41 - 20)
+    return x * {"tiny": 2.0**-100, "huge": 2.0**100}.get(kind, 1.0)
+
+
+@pytest.mark.parametrize("scheme", GROUPED[:2] + GROUPED[-2:], ids=lambda s: f"{s.weights.group_size}-{s.weights.symmetric}")
+@pytest.mark.parametrize("kind", ["normal", "an outlier", "heavy tails", "channels of all sizes", "tiny", "huge"])
+def test_w4a16_is_as_accurate_as_float32_sums(kind: str, scheme: Scheme, level: str) -> None:
+    """Also where it multiplies in fixed point: against float64, beside the portable level, which multiplies and sums in float32."""
+    m, n, k = 9, 130, 1024
+    weight = grouped_weight(scheme, n, k, torch.float32)
+    groups = weight.values.double().reshape(*weight.scale.shape, -1)
+    zero = 0 if weight.zero_point is None else weight.zero_point[..., None]
+    meant = ((groups - zero) * weight.scale[..., None]).reshape(n, k)
+    layer, x = QuantLinear(weight, scheme, backend="cpu"), activations(kind, m, k)
+
+    def errors() -> Tensor:
+        return (layer(x).double() - x.double() @ meant.t()) / (x.double().abs() @ meant.abs().t())
+
+    ours = errors()
+    assert ours.abs().max() < 5e-5
+    OPS.cpu_level(0)
+    assert ours.norm() <= 1.25 * errors().norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", [INT8[0], INT8[2], GROUPED[0], with_arithmetic(GROUPED[0], "w4a8")], ids=lambda s: s.name)
 def test_a_row_depends_neither_on_other_rows_nor_on_threads(scheme: Scheme, dtype: torch.dtype, level: str) -> None:
