@@ -52,7 +52,7 @@ SHIPPED: dict[tuple[str, Op], Rows] = {
     ("sm_90", "w4a16"): (
         (8, Configuration("scale_after", rows=8, channels=64, warps=2, stages=4)),
         (16, Configuration("scale_after", rows=16, channels=64, warps=2, stages=4)),
-        (32, Configuration("scale_after", rows=32, channels=64, warps=2, stages=4)),
+        (32, Configuration("scale_before", rows=32, channels=64, warps=2, stages=4)),
         (64, Configuration("scale_before", rows=64, channels=128, warps=4, stages=4)),
         (256, Configuration("scale_before", rows=128, channels=128, warps=8, stages=3)),
         (MANY, Configuration("matmul")),
