@@ -10,6 +10,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # no GPU: its interpreter, which has to be chosen before anything imports Triton
+
 import families
 from smoothquant_plus.preparation import Calibration
 

@@ -31,7 +31,7 @@ ONLY_IN = {
     "datasets": {"text.py"},
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
-    "triton": set(),
+    "triton": {"runtime/kernels/triton/fused.py"},
     "vllm": {"runtime/vllm.py"},
     "lm_eval": set(),
     "matplotlib": {"evaluation/plot.py"},
