@@ -32,12 +32,17 @@ ONLY_IN = {
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
     "triton": {"runtime/kernels/triton/fused.py"},
-    "vllm": {"runtime/vllm.py"},
+    "vllm": {"runtime/vllm.py", "evaluation/gpu_peers.py"},
     "lm_eval": set(),
     "matplotlib": {"evaluation/plot.py"},
     "onnx": {"evaluation/peers.py"},
     "onnxruntime": {"evaluation/peers.py"},
     "openvino": {"evaluation/peers.py"},
+    "bitsandbytes": {"evaluation/gpu_peers.py"},
+    "conch": {"evaluation/gpu_peers.py"},
+    "gemlite": {"evaluation/gpu_peers.py"},
+    "humming": {"evaluation/gpu_peers.py"},
+    "torchao": {"evaluation/gpu_peers.py"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
