@@ -12,7 +12,7 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.runtime.kernels import cpu, reference, torch_int4, torch_int8
+from smoothquant_plus.runtime.kernels import cpu, reference, torch_int4, torch_int8, triton
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
 
 
 # The files of each backend, both in the order of preference.
-BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (cpu,), "torch": (torch_int8, torch_int4), "reference": (reference,)}
+BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (cpu,), "triton": (triton,), "torch": (torch_int8, torch_int4), "reference": (reference,)}
 
 
 def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: str | None = None) -> tuple[str, Backend]:
