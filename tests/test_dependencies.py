@@ -31,7 +31,7 @@ ONLY_IN = {
     "datasets": {"text.py"},
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
-    "triton": {"runtime/kernels/triton/fused.py"},
+    "triton": {f"runtime/kernels/triton/{name}.py" for name in ("common", "fused", "w4a16", "w8a8")},
     "vllm": {"runtime/vllm.py", "evaluation/gpu_peers.py"},
     "lm_eval": set(),
     "matplotlib": {"evaluation/plot.py"},
