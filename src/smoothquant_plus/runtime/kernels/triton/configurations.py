@@ -52,7 +52,7 @@ SHIPPED: dict[tuple[str, Op], Rows] = {
     ("sm_90", "w4a16"): (
         (8, Configuration("scale_after", rows=8, channels=64, warps=2, stages=4)),
         (16, Configuration("scale_after", rows=16, channels=64, warps=2, stages=4)),
-        (32, Configuration("scale_after", rows=32, channels=64, warps=2, stages=4)),
+        (32, Configuration("scale_before", rows=32, channels=64, warps=2, stages=4)),
         (64, Configuration("scale_before", rows=64, channels=128, warps=4, stages=4)),
         (256, Configuration("scale_before", rows=128, channels=128, warps=8, stages=3)),
         (MANY, Configuration("matmul")),
@@ -137,6 +137,4 @@ def read_tuned(path: Path) -> dict[str, dict[str, Rows]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join(map(str, first["loc"]))
-        raise InputError(
-            f"{path} is not what sqplus tune writes ({where}: {first['msg']}): remove it, or run sqplus tune again."
-        ) from error
+        raise InputError(f"{path} is not what sqplus tune writes ({where}: {first['msg']}): remove it, or run sqplus tune again.") from error

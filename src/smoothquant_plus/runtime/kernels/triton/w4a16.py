@@ -10,6 +10,8 @@ ones; or before it, exactly.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,8 @@ from smoothquant_plus.runtime.kernels.triton.configurations import Configuration
 BLOCK: tl.constexpr = tl.constexpr(128)
 WORDS: tl.constexpr = tl.constexpr(32)
 PIECE = 1 << 24
+# Channels that a program of `dequantize_kernel` takes.
+DEQUANTIZED = 32
 
 
 def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,16 +234,18 @@ def multiply(x: Tensor, packed: Tensor, steps: Tensor, arrived: Tensor, bias: Te
         product_kernel,
         (tiles, how.split),
         *(rows, packed, steps, bias, y, partial, arrived, len(rows), n, blocks, rows.stride(0)),
-        GROUP=group,
-        SCALE_AFTER=how.kernel == "scale_after",
-        SPLIT=how.split > 1,
-        ROWS=how.rows,
-        CHANNELS=how.channels,
-        STAGES=how.stages,
+        **constants(how, group),
         warps=how.warps,
         stages=how.stages,
     )
     return y
+
+
+def constants(how: Configuration, group: int) -> dict[str, Any]:
+    """The compile-time arguments of `product_kernel`."""
+    after = how.kernel == "scale_after"
+    tile = {"ROWS": how.rows, "CHANNELS": how.channels, "STAGES": how.stages}
+    return {"GROUP": group, "SCALE_AFTER": after, "SPLIT": how.split > 1, **tile}
 
 
 def multiply_by_matmul(x: Tensor, packed: Tensor, steps: Tensor, bias: Tensor | None, y: Tensor, group: int) -> None:
@@ -250,8 +256,9 @@ def multiply_by_matmul(x: Tensor, packed: Tensor, steps: Tensor, bias: Tensor | 
     weight = x.new_empty(length, k)
     for start in range(0, n, length):
         stop = min(start + length, n)
-        grid = (triton.cdiv(stop - start, 32), blocks)
-        launch(dequantize_kernel, grid, packed, steps, weight, start, stop, n, k, GROUP=group, CHANNELS=32, warps=4, stages=1)
+        grid = (triton.cdiv(stop - start, DEQUANTIZED), blocks)
+        tile = {"GROUP": group, "CHANNELS": DEQUANTIZED}
+        launch(dequantize_kernel, grid, packed, steps, weight, start, stop, n, k, **tile, warps=4, stages=1)
         piece = weight[: stop - start].t()
         if bias is None:
             torch.mm(x, piece, out=y[:, start:stop])

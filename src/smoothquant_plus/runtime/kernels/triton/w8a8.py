@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,9 @@ DEPTH = 128
 ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)
 # Tiles of rows that go over the channels together, so that what they share stays in the second-level cache.
 SUPER: tl.constexpr = tl.constexpr(8)
+# Numbers of a row that `quantize_kernel` has at a time, and channels that a program of `scale_kernel` takes.
+QUANTIZED = 4096
+SCALED = 1024
 
 
 def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +157,10 @@ def quantize(x: Tensor, per_token: bool, input_scale: Tensor | None = None) -> t
     filled = triton.cdiv(x.shape[1], DEPTH) * DEPTH
     values = x.new_empty((len(x), filled), dtype=torch.int8)
     scale = x.new_empty(len(x), dtype=torch.float32)
-    length = min(4096, triton.next_power_of_2(filled))
-    launch(quantize_kernel, (len(x),), x, input_scale, values, scale, x.shape[1], filled, x.stride(0), LENGTH=length, warps=8, stages=2)
+    length = min(QUANTIZED, triton.next_power_of_2(filled))
+    launch(
+        quantize_kernel, (len(x),), x, input_scale, values, scale, x.shape[1], filled, x.stride(0), LENGTH=length, warps=8, stages=2
+    )
     return values, scale
 
 
@@ -173,7 +180,7 @@ def multiply(
         raise ValueError(f"x has {k} input channels, and the weight {weight.shape[1]}, each filled up to a multiple of {DEPTH}")
     if how.kernel == "matmul":
         total = torch._int_mm(x, weight.t())
-        launch(scale_kernel, (m, triton.cdiv(n, 1024)), total, x_scale, weight_scale, bias, y, n, CHANNELS=1024, warps=4, stages=1)
+        launch(scale_kernel, (m, triton.cdiv(n, SCALED)), total, x_scale, weight_scale, bias, y, n, CHANNELS=SCALED, warps=4, stages=1)
         return
     tiles = triton.cdiv(m, how.rows) * triton.cdiv(n, how.channels)
     partial = x.new_empty(tiles * how.split * how.rows * how.channels if how.split > 1 else 0, dtype=torch.int32)
@@ -181,10 +188,12 @@ def multiply(
         product_kernel,
         (tiles, how.split),
         *(x, x_scale, weight, weight_scale, bias, y, partial, arrived, m, n, k),
-        SPLIT=how.split > 1,
-        ROWS=how.rows,
-        CHANNELS=how.channels,
-        STEP=how.depth,
+        **constants(how),
         warps=how.warps,
         stages=how.stages,
     )
+
+
+def constants(how: Configuration) -> dict[str, Any]:
+    """The compile-time arguments of `product_kernel`."""
+    return {"SPLIT": how.split > 1, "ROWS": how.rows, "CHANNELS": how.channels, "STEP": how.depth}
