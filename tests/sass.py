@@ -1,23 +1,26 @@
 """What Triton kernels become on NVIDIA GPUs, read without one: registers, spills, and the machine instructions of the main loop.
 
-Run as a script it compiles every kernel that the package ships, in its own process, since Triton's interpreter cannot be left again.
+The tests run it as a script: a process that has imported Triton for its interpreter cannot compile.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from smoothquant_plus.runtime.kernels.triton.shipped import Compilation
 
 # One instruction of cuobjdump's listing: its address, a predicate perhaps, its name with modifiers, and its operands.
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
 MATRIX = ("HMMA", "HGMMA", "IMMA", "IGMMA")
-# Integer and logic operations, shifts, permutations and conversions: what taking numbers out of words costs.
-ALU = ("LOP3", "PRMT", "SHF", "I2F", "I2FP", "SEL", "ISETP", "VIADD", "IADD3")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,6 @@ class Machine:
     shared: int
     instructions: tuple[Instruction, ...]
 
-    def counts(self) -> Counter[str]:
-        return Counter(one.name for one in self.instructions)
-
     def main_loop(self) -> Counter[str]:
         """The instructions of the loop with the most matrix products: from where a branch goes back to, to the branch."""
         loops: list[Counter[str]] = []
@@ -50,22 +50,21 @@ class Machine:
         return max(loops, key=lambda loop: (sum(loop[name] for name in MATRIX), -loop.total()), default=Counter())
 
 
-def compile_kernel(fn: Any, signature: dict[str, str], constants: dict[str, Any], architecture: int, warps: int, stages: int) -> Machine:
-    """`fn` for sm_`architecture`. `signature` has the Triton type of each argument that is none of the `constants`; all pointers and integers are
-    multiples of 16, as torch's are."""
+def compile_for(architecture: str, one: Compilation) -> Machine:
+    """`one` as machine code of `architecture`, such as 'sm_90'."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = fn.arg_names
+    names = list(one.signature)
     source = ASTSource(
-        fn=fn,
-        signature={name: "constexpr" if name in constants else signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature.get(name, "fp")[0] in "*i"},
+        fn=one.kernel,
+        signature=one.signature,
+        constexprs={(names.index(name),): value for name, value in one.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    options = {"num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32), options=options)
     return disassemble(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -81,3 +80,21 @@ def disassemble(cubin: bytes, shared: int) -> Machine:
     assert usage is not None, run[0].stdout + run[0].stderr
     found = (Instruction(int(address, 16), name.split(".")[0], rest) for address, name, rest in INSTRUCTION.findall(run[1].stdout))
     return Machine(int(usage[1]), int(usage[2]) + int(usage[3]), shared, tuple(found))
+
+
+def main(architecture: str, names: str) -> None:
+    """Print, as JSON lines, what each compilation for `architecture` became whose name matches the regular expression `names`."""
+    from smoothquant_plus.runtime.kernels.triton.shipped import shipped
+
+    for one in shipped(architecture):
+        if re.search(names, one.name):
+            found = compile_for(architecture, one)
+            loop, how = found.main_loop(), one.configuration
+            # A turn of the loop takes so many weights a thread, of 128 input channels for w4a16.
+            weights = how.channels * how.depth / (how.warps * 32) if how else 0
+            line = {"name": one.name, "rows": how.rows if how else 0, "registers": found.registers, "spilled": found.spilled}
+            print(json.dumps(line | {"shared": found.shared, "weights": weights, "loop": loop}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

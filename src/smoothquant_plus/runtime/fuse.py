@@ -58,7 +58,7 @@ def fuse(blocks: Iterable[nn.Module]) -> int:
         block.input_layernorm = FusedNorm(block.input_layernorm)
         block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm)
         block.mlp = FusedMLP(block.mlp)
-        block.forward = types.MethodType(_forward, block)  # type: ignore[method-assign]
+        block.forward = types.MethodType(_forward, block)
     return len(fused)
 
 

@@ -127,7 +127,9 @@ def silu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = _rows(gate), _rows(up)
     k, filled = gate.shape[1], values.shape[-1]
     if len(gate):
-        launch(silu_quantize_kernel, (len(gate),), gate, up, values, scale, k, filled, gate.stride(0), up.stride(0), **tile(filled))
+        arguments = (gate, up, values, scale, k, filled, gate.stride(0), up.stride(0))
+        block, warps, stages = tile(filled)
+        launch(silu_quantize_kernel, (len(gate),), *arguments, **block, warps=warps, stages=stages)
     return values, scale
 
 
@@ -168,20 +170,17 @@ def _norm_quantize(
         residual_stride = residual.stride(0)
     filled = values.shape[-1]
     if len(x):
-        launch(
-            norm_quantize_kernel,
-            (len(x),),
-            *(x, residual, weight, bias, total, values, scale, x.shape[1], filled, eps, x.stride(0), residual_stride),
-            LAYER=layer,
-            **tile(filled),
-        )
+        arguments = (x, residual, weight, bias, total, values, scale, x.shape[1], filled, eps, x.stride(0), residual_stride)
+        block, warps, stages = tile(filled)
+        launch(norm_quantize_kernel, (len(x),), *arguments, LAYER=layer, **block, warps=warps, stages=stages)
     return total, values, scale
 
 
-def tile(filled: int) -> dict[str, int]:
-    """The compile-time arguments of both kernels for rows of `filled` values: a program holds all of a row, 16 or 32 numbers a thread."""
+def tile(filled: int) -> tuple[dict[str, int], int, int]:
+    """The compile-time argument of both kernels for rows of `filled` values, the warps and the stages. A program holds all of a row, 16 or 32
+    numbers a thread."""
     block = triton.next_power_of_2(filled)
-    return {"BLOCK": block, "warps": min(max(block // 512, 1), 32), "stages": 1}
+    return {"BLOCK": block}, min(max(block // 512, 1), 32), 1
 
 
 def _rows(x: Tensor) -> Tensor:
