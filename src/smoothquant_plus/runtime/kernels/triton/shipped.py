@@ -63,7 +63,7 @@ def shipped(architecture: str) -> Iterator[Compilation]:
         yield compilation(f"w8a8 quantize per token {dtype}", w8a8.quantize_kernel, QUANTIZE, dtype, {"given_ptr": None} | length, 8, 2)
         given = QUANTIZE | {"given_ptr": "*fp32"}
         yield compilation(f"w8a8 quantize given {dtype}", w8a8.quantize_kernel, given, dtype, length, 8, 2)
-        for k in (4096, 8192, fused.LARGEST_NORM):
+        for k in (8192, fused.LARGEST_NORM):
             tile, warps, stages = fused.tile(k)
             for layer in (False, True):
                 name = f"{'layer' if layer else 'rms'} norm {k} {dtype}"
