@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.evaluation import benchmark_linear, benchmark_model, machine, timing
+from smoothquant_plus.evaluation import benchmark_fused, benchmark_linear, benchmark_model, machine, timing
 from smoothquant_plus.evaluation.benchmark_linear import bench_linear, remarks, tables
 from smoothquant_plus.evaluation.benchmark_model import bench_model
 from smoothquant_plus.evaluation.gpu_peers import gptq
@@ -151,6 +152,34 @@ def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample() == 42.0 / 21 and len(replays) == 2
     assert [timing.copies_for(nbytes, gpu) for nbytes in (10**6, 1000, 1)] == [2, 4, timing.COPIES]
     assert timing.copies_for(1, torch.device("cpu")) == 1
+
+
+def test_fused_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, by a stand-in for the clock."""
+    pytest.importorskip("triton")
+    from smoothquant_plus.runtime.kernels.triton import fused
+
+    cpu, times = torch.device("cpu"), iter([2e-6, 5e-6] * 100)
+
+    def fixed(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+        calls[0]()
+        seconds = next(times)
+        return lambda: seconds
+
+    monkeypatch.setattr(benchmark_fused, "sampler", fixed)
+    monkeypatch.setattr(fused, "LARGEST_NORM", 128)
+    names = list(benchmark_fused.OPERATIONS)
+    limits = Limits("", read_gb_per_s=10.0, int8_gop_per_s=None, bfloat16_gflop_per_s=None, float32_gflop_per_s=None)
+    monkeypatch.setattr(benchmark_fused, "LARGEST_ERROR", 0.05)  # the interpreter truncates to bfloat16
+    rows = [benchmark_fused.as_row(limits, one) for one in benchmark_fused.bench_fused([(3, 96), (2, 200)], cpu)]
+    assert [(row.operation, row.m, row.k) for row in rows] == [(names[0], 3, 96), (names[1], 3, 96), (names[1], 2, 200)]
+    assert rows[0].microseconds == 2.0 and rows[0].ratio_to_separate == pytest.approx(2.5)
+    assert rows[0].gb_per_s == pytest.approx(7 * 3 * 96 / 2e-6 / 1e9) and rows[0].fraction_of_limit == pytest.approx(rows[0].gb_per_s / 10)
+    small, large = benchmark_fused.tables(rows)
+    assert small.title == "96 channels" and large.lines[0] == [names[0], "-", "-"]
+    monkeypatch.setattr(benchmark_fused, "LARGEST_ERROR", 0.0)
+    with pytest.raises(RuntimeError, match="add, RMSNorm, quantize of 3x96 is wrong"):
+        list(benchmark_fused.bench_fused([(3, 96)], cpu))
 
 
 def test_four_bits_as_gptq_packs_them() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError
+from smoothquant_plus.evaluation import benchmark_fused
+from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
 from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
 from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
 from smoothquant_plus.evaluation.peers import CPU_PEERS, Product, Weights
@@ -87,6 +89,7 @@ class LinearBenchmark:
     limits: Limits
     rows: list[Row]
     left_out: list[LeftOut]
+    fused: list[FusedRow]  # on CUDA, where w8a8 is measured
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,15 @@ def bench_linear(
                 timed += [(one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
                 progress.step(f"{n}x{k}, {m} tokens")
             del weights, copies, products  # before the next shape's
+        inputs = [(m, k) for k in dict.fromkeys(k for _, k in sizes) for m in batches]
+        try:
+            fused = list(bench_fused(inputs, place)) if place.type == "cuda" and "w8a8" in (one.name for one in schemes) else []
+        except Exception as error:  # noqa: BLE001 (as above)
+            fused = []
+            left_out.append(LeftOut("w8a8", "fused operations", reason_of(error)))
     best = functools.reduce(Limits.or_better, limits)
-    return LinearBenchmark(describe(count, place), best, [as_row(best, *measured) for measured in timed], left_out)
+    rows = [as_row(best, *measured) for measured in timed]
+    return LinearBenchmark(describe(count, place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
 
 
 def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
@@ -268,6 +278,7 @@ def tables(found: LinearBenchmark) -> Iterator[Table]:
             firsts = [cells.get((n, k, scheme, backends[0], m)) for m in batches]
             lines.append([f"{scheme} limit", *(microseconds(row.microseconds * row.fraction_of_limit) if row else "-" for row in firsts)])
         yield Table(f"{n}x{k}", ["", *(f"M={m}" for m in batches)], lines)
+    yield from benchmark_fused.tables(found.fused)
 
 
 def cell(row: Row | None) -> str:
