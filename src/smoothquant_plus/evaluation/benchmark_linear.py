@@ -23,7 +23,7 @@ from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
 from smoothquant_plus.models.blocks import check_device
 from smoothquant_plus.progress import steps
-from smoothquant_plus.runtime.kernels import BACKENDS
+from smoothquant_plus.runtime.kernels import BACKENDS, backends
 from smoothquant_plus.runtime.linear import QuantLinear
 
 # Output and input channels: on CPUs of the linear layers of Llama 7B, 13B and 70B, and of a small model; on GPUs of a few of these.
@@ -209,7 +209,9 @@ def find_candidates(schemes: Sequence[Scheme], device: torch.device) -> tuple[li
     for scheme in (None, *schemes):
         if scheme is not None:
             arithmetic = "float" if scheme.inputs is None else "int8"
-            found += [Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in BACKENDS if name != "reference"]
+            found += [
+                Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in backends(device) if name != "reference"
+            ]
         for name, peer in PEERS.items():
             if peer.scheme == ("bf16" if scheme is None else scheme.name) and device.type in peer.devices:
                 missing = peer.missing()

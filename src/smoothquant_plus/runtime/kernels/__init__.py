@@ -38,6 +38,11 @@ class Backend(Protocol):
 BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (cpu,), "triton": (triton,), "torch": (torch_int8, torch_int4), "reference": (reference,)}
 
 
+def backends(device: torch.device) -> list[str]:
+    """The names that are tried on `device`, in the order of preference. Triton's interpreter, on the CPU, is for tests, which ask for it."""
+    return [name for name in BACKENDS if name != "triton" or device.type != "cpu"]
+
+
 def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: str | None = None) -> tuple[str, Backend]:
     """The backend called `name`, or the first that supports the layer; each choice is logged with the reasons against the others.
 
@@ -46,7 +51,7 @@ def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: s
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
     reasons: list[str] = []
-    for candidate in BACKENDS if name is None else (name,):
+    for candidate in backends(device) if name is None else (name,):
         for kernels in BACKENDS[candidate]:
             reason = kernels.supports(scheme, device, shape)
             if reason is None:

@@ -43,7 +43,9 @@ def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> st
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs them on the CPU"
     if device.type != "cuda":
         return f"they run on NVIDIA GPUs, not on '{device.type}'"
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need an NVIDIA GPU of compute capability 8.0 (Ampere) or later"
     return None
 

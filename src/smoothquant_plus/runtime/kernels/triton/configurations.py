@@ -137,4 +137,6 @@ def read_tuned(path: Path) -> dict[str, dict[str, Rows]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join(map(str, first["loc"]))
-        raise InputError(f"{path} is not what sqplus tune writes ({where}: {first['msg']}): remove it, or run sqplus tune again.") from error
+        raise InputError(
+            f"{path} is not what sqplus tune writes ({where}: {first['msg']}): remove it, or run sqplus tune again."
+        ) from error

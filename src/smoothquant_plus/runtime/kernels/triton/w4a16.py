@@ -1,7 +1,8 @@
 """W4A16: float activations times 4-bit weights in groups.
 
 `pack` keeps a weight in blocks of 128 input channels, whatever the group size: word i (0..31) of a block and output channel has input channel
-32 j + i in nibble j. So one mask gives a run of 32 neighbouring channels, a tile that can be multiplied. A block of all output channels is contiguous.
+32 j + i in nibble j. So one mask gives a run of 32 neighbouring channels, a tile that can be multiplied. A block of all output channels is
+contiguous.
 
 A nibble n becomes a float without a conversion: under the exponent of 128 (bfloat16) or 1024 (float16) it is the number 128 + n or 1024 + n. The
 offset goes away with the zero point: after the product, as a multiple of the sum of the group's activations, which is itself a product with
@@ -58,10 +59,10 @@ def unpack(words, dtype: tl.constexpr, OFFSET: tl.constexpr):
         second = (words >> 4 & 15).to(tl.float32) + OFFSET
         third = (words >> 8 & 15).to(tl.float32) + OFFSET
         fourth = (words >> 12 & 15).to(tl.float32) + OFFSET
-        return first, second, third, fourth
+        runs = (first, second, third, fourth)
     # Two words at a time. 0xEA is (a & b) | c: masked, and put under the exponent, by one instruction.
     elif dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
+        runs = tl.inline_asm_elementwise(
             """{
             .reg .b32 second, third, fourth;
             shr.u32 second, $4, 4; shr.u32 third, $4, 8; shr.u32 fourth, $4, 12;
@@ -77,7 +78,7 @@ def unpack(words, dtype: tl.constexpr, OFFSET: tl.constexpr):
             pack=2,
         )
     else:
-        return tl.inline_asm_elementwise(
+        runs = tl.inline_asm_elementwise(
             """{
             .reg .b32 second, third, fourth;
             shr.u32 second, $4, 4; shr.u32 third, $4, 8; shr.u32 fourth, $4, 12;
@@ -92,6 +93,7 @@ def unpack(words, dtype: tl.constexpr, OFFSET: tl.constexpr):
             is_pure=True,
             pack=2,
         )
+    return runs
 
 
 @triton.jit
@@ -201,8 +203,12 @@ def w4a16(x: Tensor, packed: Tensor, steps: Tensor, arrived: Tensor, bias: Tenso
 
     `arrived` is all zero between calls, so it does not count as changed.
     """
-    configuration = choose("w4a16", packed.shape[1], x.shape[-1], x.shape[:-1].numel(), x.device)
-    return multiply(x, packed, steps, arrived, bias, configuration)
+    y = x.new_empty(*x.shape[:-1], packed.shape[1])
+    if y.numel():
+        rows = x.reshape(-1, x.shape[-1])
+        how = choose("w4a16", packed.shape[1], x.shape[-1], len(rows), x.device)
+        multiply(rows, packed, steps, arrived, bias, y.view(len(rows), -1), how)
+    return y
 
 
 @w4a16.register_fake
@@ -210,35 +216,30 @@ def _(x: Tensor, packed: Tensor, steps: Tensor, arrived: Tensor, bias: Tensor | 
     return x.new_empty(*x.shape[:-1], packed.shape[1])
 
 
-def multiply(x: Tensor, packed: Tensor, steps: Tensor, arrived: Tensor, bias: Tensor | None, how: Configuration) -> Tensor:
-    """`w4a16` in the way `how`."""
+def multiply(x: Tensor, packed: Tensor, steps: Tensor, arrived: Tensor, bias: Tensor | None, y: Tensor, how: Configuration) -> None:
+    """y (M, N), contiguous, = x (M, K) times the weight that `pack` made, in the way `how`. M > 0."""
     blocks, n = packed.shape[:2]
     k = blocks * BLOCK.value
-    if not k - BLOCK.value < x.shape[-1] <= k:
-        raise ValueError(f"x has {x.shape[-1]} input channels, and the weight {k}, filled up to a multiple of {BLOCK.value}")
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel() == 0:
-        return y
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    if not k - BLOCK.value < x.shape[1] <= k:
+        raise ValueError(f"x has {x.shape[1]} input channels, and the weight {k}, filled up to a multiple of {BLOCK.value}")
     group = BLOCK.value * blocks // len(steps)
     if how.kernel == "matmul" or x.dtype == torch.float32:
-        multiply_by_matmul(rows, packed, steps, bias, y.view(len(rows), n), group)
-        return y
-    if rows.shape[1] < k:
-        rows = torch.nn.functional.pad(rows, (0, k - rows.shape[1]))
-    elif rows.stride(1) != 1:
-        rows = rows.contiguous()
-    tiles = triton.cdiv(len(rows), how.rows) * triton.cdiv(n, how.channels)
+        multiply_by_matmul(x, packed, steps, bias, y, group)
+        return
+    if x.shape[1] < k:
+        x = torch.nn.functional.pad(x, (0, k - x.shape[1]))
+    elif x.stride(1) != 1:
+        x = x.contiguous()
+    tiles = triton.cdiv(len(x), how.rows) * triton.cdiv(n, how.channels)
     partial = x.new_empty(tiles * how.split * how.rows * how.channels if how.split > 1 else 0, dtype=torch.float32)
     launch(
         product_kernel,
         (tiles, how.split),
-        *(rows, packed, steps, bias, y, partial, arrived, len(rows), n, blocks, rows.stride(0)),
+        *(x, packed, steps, bias, y, partial, arrived, len(x), n, blocks, x.stride(0)),
         **constants(how, group),
         warps=how.warps,
         stages=how.stages,
     )
-    return y
 
 
 def constants(how: Configuration, group: int) -> dict[str, Any]:

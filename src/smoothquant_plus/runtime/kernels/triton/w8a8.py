@@ -158,9 +158,7 @@ def quantize(x: Tensor, per_token: bool, input_scale: Tensor | None = None) -> t
     values = x.new_empty((len(x), filled), dtype=torch.int8)
     scale = x.new_empty(len(x), dtype=torch.float32)
     length = min(QUANTIZED, triton.next_power_of_2(filled))
-    launch(
-        quantize_kernel, (len(x),), x, input_scale, values, scale, x.shape[1], filled, x.stride(0), LENGTH=length, warps=8, stages=2
-    )
+    launch(quantize_kernel, (len(x),), x, input_scale, values, scale, x.shape[1], filled, x.stride(0), LENGTH=length, warps=8, stages=2)
     return values, scale
 
 
