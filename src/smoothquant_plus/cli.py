@@ -375,18 +375,20 @@ def linear(
     scheme: Annotated[str | None, typer.Option(help="w8a8, w4a16 or w4a8 (w4a16 with activations in 8 bits, too); by default all.")] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: Llama 7B, 13B and 70B, and 2048x2048."),
+        typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: some of Llama 7B, 13B and 70B."),
     ] = None,
-    tokens: Annotated[str, typer.Option(help="How many tokens are multiplied at once.")] = "1,4,16,64,256",
+    tokens: Annotated[
+        str | None, typer.Option(help="How many tokens are multiplied at once. Default: 1,4,16,64,256; on CUDA also 1024 and 4096.")
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """One linear layer: every backend and what other libraries offer, against the machine's limits."""
-    from smoothquant_plus.evaluation.benchmark_linear import SHAPES, bench_linear, remarks, tables
+    from smoothquant_plus.evaluation.benchmark_linear import bench_linear, remarks, tables
 
     check_file(json_file)
-    found = bench_linear(scheme, shape or SHAPES, tokens, threads, device)
+    found = bench_linear(scheme, shape, tokens, threads, device)
     show_tables(tables(found), remarks(found))
     save_json(json_file, found)
 

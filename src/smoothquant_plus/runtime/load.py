@@ -28,6 +28,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
 
 
@@ -97,6 +98,7 @@ def load(
     if head_at in quantized or (stored and not torch.equal(head.weight, table.weight)):
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
+    fuse(blocks)
     return model.eval()
 
 

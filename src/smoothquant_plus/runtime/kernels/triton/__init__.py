@@ -66,3 +66,9 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
     else:
         y = ops.triton_w8a8(x, *prepared, scheme.inputs.strategy == "token", input_scale, bias)
     return y
+
+
+def product(values: Tensor, scale: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear` in W8A8 of activations that are quantized already (fused.py): values int8 (..., K filled up) and scale float32 (...)."""
+    y: Tensor = torch.ops.smoothquant_plus.triton_w8a8_product(values, scale, *prepared, bias, dtype)
+    return y

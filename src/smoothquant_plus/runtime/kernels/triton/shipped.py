@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from smoothquant_plus.method.scheme import GROUP_SIZES
-from smoothquant_plus.runtime.kernels.triton import w4a16, w8a8
+from smoothquant_plus.runtime.kernels.triton import fused, w4a16, w8a8
 from smoothquant_plus.runtime.kernels.triton.configurations import ANYWHERE, SHIPPED, Configuration, Op
 
 # Triton's names of types for the arguments of the kernels; FLOAT stands for the dtype of the activations.
@@ -16,8 +16,11 @@ BOTH = {"bias_ptr": "*FLOAT", "y_ptr": "*FLOAT", "arrived_ptr": "*i32", "M": "i3
 DEQUANTIZE = W4A16 | {"weight_ptr": "*FLOAT", "from_channel": "i32", "to_channel": "i32", "N": "i32", "K": "i32"}
 QUANTIZE = {"x_ptr": "*FLOAT", "values_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "filled": "i32", "x_stride": "i32"}
 SCALE = W8A8 | BOTH | {"total_ptr": "*i32"}
+NORM = QUANTIZE | {"residual_ptr": "*FLOAT", "weight_ptr": "*FLOAT", "bias_ptr": "*FLOAT", "sum_ptr": "*FLOAT"}
+NORM |= {"residual_stride": "i32", "eps": "fp32"}
+SILU = QUANTIZE | {"gate_ptr": "*FLOAT", "up_ptr": "*FLOAT", "gate_stride": "i32", "up_stride": "i32"}
 # What is not a multiple of 16 in general; all else is, addresses too, in the shapes of real models.
-ANY = ("M", "blocks", "from_channel", "to_channel")
+ANY = ("M", "blocks", "from_channel", "to_channel", "eps")
 
 
 class Compilation(NamedTuple):
@@ -60,6 +63,14 @@ def shipped(architecture: str) -> Iterator[Compilation]:
         yield compilation(f"w8a8 quantize per token {dtype}", w8a8.quantize_kernel, QUANTIZE, dtype, {"given_ptr": None} | length, 8, 2)
         given = QUANTIZE | {"given_ptr": "*fp32"}
         yield compilation(f"w8a8 quantize given {dtype}", w8a8.quantize_kernel, given, dtype, length, 8, 2)
+        for k in (8192, fused.LARGEST_NORM):
+            tile, warps, stages = fused.tile(k)
+            for layer in (False, True):
+                name = f"{'layer' if layer else 'rms'} norm {k} {dtype}"
+                yield compilation(name, fused.norm_quantize_kernel, NORM, dtype, {"LAYER": layer} | tile, warps, stages)
+        for k in (11008, fused.LARGEST_PRODUCT):
+            tile, warps, stages = fused.tile(k)
+            yield compilation(f"silu {k} {dtype}", fused.silu_quantize_kernel, SILU, dtype, tile, warps, stages)
 
 
 def rows(architecture: str, op: Op) -> Iterator[Configuration]:
