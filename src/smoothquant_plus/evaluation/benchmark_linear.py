@@ -13,29 +13,33 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError
+from smoothquant_plus.evaluation import benchmark_fused
+from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
+from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
 from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
-from smoothquant_plus.evaluation.peers import PEERS, Product, Weights
-from smoothquant_plus.evaluation.timing import Table, seconds_of, threads, turns
+from smoothquant_plus.evaluation.peers import CPU_PEERS, Product, Weights
+from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, sampler, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
 from smoothquant_plus.models.blocks import check_device
 from smoothquant_plus.progress import steps
-from smoothquant_plus.runtime.kernels import BACKENDS
+from smoothquant_plus.runtime.kernels import BACKENDS, backends
 from smoothquant_plus.runtime.linear import QuantLinear
 
-# Output and input channels of the linear layers of Llama 7B, 13B and 70B, and of a small model.
-SHAPES = (
-    *("4096x4096", "11008x4096", "4096x11008"),
-    *("5120x5120", "13824x5120", "5120x13824"),
-    *("8192x8192", "28672x8192", "8192x28672"),
-    "2048x2048",
-)
-TOKENS = "1,4,16,64,256"
+# Output and input channels: on CPUs of the linear layers of Llama 7B, 13B and 70B, and of a small model; on GPUs of a few of these.
+SHAPES = {
+    "cpu": (
+        *("4096x4096", "11008x4096", "4096x11008"),
+        *("5120x5120", "13824x5120", "5120x13824"),
+        *("8192x8192", "28672x8192", "8192x28672"),
+        "2048x2048",
+    ),
+    "cuda": ("4096x4096", "8192x8192", "28672x8192", "8192x28672"),
+}
+TOKENS = {"cpu": "1,4,16,64,256", "cuda": "1,4,16,64,256,1024,4096"}
 
 # A candidate is timed so many times, or for so long, its share of emptying the caches included.
-ROUNDS, SECONDS = 25, 2.0
-# Read before each call, so that weights come from memory as they do in a model, whose other layers were multiplied with meanwhile.
-STREAM_BYTES = 96 << 20
+ROUNDS, SECONDS = 25, {"cpu": 2.0, "cuda": 0.5}
 # Gaussian weights in 4 bits and groups of 128 give 0.10; what is further off is not this product.
 LARGEST_ERROR = 0.25
 
@@ -43,6 +47,8 @@ LARGEST_ERROR = 0.25
 W4A8 = "w4a8"
 
 NOT_INSTALLED = "not installed: "
+
+PEERS = CPU_PEERS | GPU_PEERS
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class LinearBenchmark:
     limits: Limits
     rows: list[Row]
     left_out: list[LeftOut]
+    fused: list[FusedRow]  # on CUDA, where w8a8 is measured
 
 
 @dataclass(frozen=True)
@@ -97,23 +104,23 @@ class Candidate:
 
 def bench_linear(
     scheme: str | None = None,
-    shapes: Sequence[str] = SHAPES,
-    tokens: str = TOKENS,
+    shapes: Sequence[str] | None = None,
+    tokens: str | None = None,
     number_of_threads: int | None = None,
     device: str = "cpu",
 ) -> LinearBenchmark:
     """Time `scheme` (a row of SCHEMES, or 'w4a8'; default: all) for weights of `shapes`, 'NxK' each, and batches of `tokens`,
-    numbers with commas between.
+    numbers with commas between; by default SHAPES and TOKENS of the device.
 
-    All candidates of a shape and a batch take turns in this process, each call after a stream over STREAM_BYTES; the times are medians.
+    All candidates of a shape and a batch take turns in this process, on weights that no cache holds (see `sampler`); the times are medians.
     A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. The limits are measured again before each shape,
     and the best counts. Raises InputError for options that cannot be used, before anything is timed.
     """
+    place = torch.device(check_device(device))
     integers = with_arithmetic(find_scheme("w4a16"), W4A8)
     schemes = [*SCHEMES.values(), integers] if scheme is None else [integers if scheme == W4A8 else find_scheme(scheme)]
-    sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes))
-    batches = read_tokens(tokens)
-    place = torch.device(check_device(device))
+    sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes or SHAPES[place.type]))
+    batches = read_tokens(tokens or TOKENS[place.type])
     candidates, left_out = find_candidates(schemes, place)
     limits: list[Limits] = []
     timed: list[tuple[Candidate, tuple[int, int, int], float, float, int]] = []  # candidate, (m, n, k), seconds, bf16's, weight bytes
@@ -122,10 +129,11 @@ def bench_linear(
             limits.append(measure_limits(place, count))
             weights = random_weights(n, k, schemes, place)
             nbytes = {"bf16": weights.floats.nbytes, **{name: stored_bytes(weight) for name, weight in weights.quantized.items()}}
-            products: dict[Candidate, Product] = {}
+            copies = [weights, *(weights.copy() for _ in range(copies_for(min(nbytes.values()), place) - 1))]
+            products: dict[Candidate, list[Product]] = {}
             for candidate in candidates:
                 try:
-                    products[candidate] = candidate.build(weights)
+                    products[candidate] = [candidate.build(copy) for copy in copies]
                 except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
                     left_out.append(LeftOut(candidate.scheme, candidate.name, reason_of(error), n=n, k=k))
             for m in batches:
@@ -134,9 +142,16 @@ def bench_linear(
                 bf16 = seconds[candidates[0]]
                 timed += [(one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
                 progress.step(f"{n}x{k}, {m} tokens")
-            del weights, products  # before the next shape's
+            del weights, copies, products  # before the next shape's
+        inputs = [(m, k) for k in dict.fromkeys(k for _, k in sizes) for m in batches]
+        try:
+            fused = list(bench_fused(inputs, place)) if place.type == "cuda" and "w8a8" in (one.name for one in schemes) else []
+        except Exception as error:  # noqa: BLE001 (as above)
+            fused = []
+            left_out.append(LeftOut("w8a8", "fused operations", reason_of(error)))
     best = functools.reduce(Limits.or_better, limits)
-    return LinearBenchmark(describe(count, place), best, [as_row(best, *measured) for measured in timed], left_out)
+    rows = [as_row(best, *measured) for measured in timed]
+    return LinearBenchmark(describe(count, place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
 
 
 def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
@@ -163,7 +178,7 @@ def read_shape(text: str, schemes: Sequence[Scheme]) -> tuple[int, int]:
 def read_tokens(text: str) -> list[int]:
     """The numbers of tokens in '1,4,16', each once. Raises InputError for anything else."""
     if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
-        raise InputError(f"--tokens {text}: give positive numbers with commas between, for example {TOKENS}.")
+        raise InputError(f"--tokens {text}: give positive numbers with commas between, for example {TOKENS['cpu']}.")
     return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
@@ -194,7 +209,9 @@ def find_candidates(schemes: Sequence[Scheme], device: torch.device) -> tuple[li
     for scheme in (None, *schemes):
         if scheme is not None:
             arithmetic = "float" if scheme.inputs is None else "int8"
-            found += [Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in BACKENDS if name != "reference"]
+            found += [
+                Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in backends(device) if name != "reference"
+            ]
         for name, peer in PEERS.items():
             if peer.scheme == ("bf16" if scheme is None else scheme.name) and device.type in peer.devices:
                 missing = peer.missing()
@@ -215,34 +232,31 @@ def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
     return build
 
 
-def time_products(products: dict[Candidate, Product], x: Tensor) -> tuple[dict[Candidate, float], dict[Candidate, str]]:
-    """The median seconds of each product of x (M, K), and why the others have none.
+def time_products(products: dict[Candidate, list[Product]], x: Tensor) -> tuple[dict[Candidate, float], dict[Candidate, str]]:
+    """The median seconds of each product of x (M, K), and why the others have none. A candidate has a product for each copy of the weight.
 
     Each is called once before: that sets things up, and shows whether it multiplies what the first one, torch's bfloat16 product, does.
     """
-    calls: dict[Candidate, Callable[[], Tensor]] = {}
+    samples: dict[Candidate, Callable[[], float]] = {}
     failed: dict[Candidate, str] = {}
     expected: Tensor | None = None
-    for candidate, bind in products.items():
+    for candidate, copies in products.items():
         try:
-            call = bind(x)
-            y = call().float()
+            calls = [bind(x) for bind in copies]
+            y = calls[0]().float()
             expected = y if expected is None else expected
             wrong = ((y - expected).norm() / expected.norm()).item()
+            if wrong < LARGEST_ERROR:
+                samples[candidate] = sampler(calls, x.device)
+            else:  # NaN too
+                failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
         except Exception as error:
-            if expected is None:
+            if not samples:
                 raise  # without what all are compared with there is no benchmark
             failed[candidate] = reason_of(error)
-            continue
-        if not wrong < LARGEST_ERROR:  # NaN too
-            failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
-            continue
-        calls[candidate] = call
-    stream = torch.ones(STREAM_BYTES // 8, dtype=torch.int64, device=x.device)
-    times: dict[Candidate, list[float]] = {candidate: [] for candidate in calls}
-    for candidate in turns(calls, ROUNDS, SECONDS):
-        stream.sum()
-        times[candidate].append(seconds_of(calls[candidate], x.device))
+    times: dict[Candidate, list[float]] = {candidate: [] for candidate in samples}
+    for candidate in turns(samples, ROUNDS, SECONDS[x.device.type]):
+        times[candidate].append(samples[candidate]())
     return {candidate: median(found) for candidate, found in times.items()}, failed
 
 
@@ -264,14 +278,15 @@ def tables(found: LinearBenchmark) -> Iterator[Table]:
                 lines.append([name, *(cell(cells.get((n, k, scheme, backend, m))) for m in batches)])
             # The limit of the arithmetic that the scheme is defined in, which is the first one's.
             firsts = [cells.get((n, k, scheme, backends[0], m)) for m in batches]
-            lines.append([f"{scheme} limit", *(f"{row.microseconds * row.fraction_of_limit:.0f} us" if row else "-" for row in firsts)])
+            lines.append([f"{scheme} limit", *(microseconds(row.microseconds * row.fraction_of_limit) if row else "-" for row in firsts)])
         yield Table(f"{n}x{k}", ["", *(f"M={m}" for m in batches)], lines)
+    yield from benchmark_fused.tables(found.fused)
 
 
 def cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    text = f"{row.microseconds:.0f} us ({row.ratio_to_bf16:.2f}x)"
+    text = f"{microseconds(row.microseconds)} ({row.ratio_to_bf16:.2f}x)"
     return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit" if row.backend in BACKENDS else text
 
 

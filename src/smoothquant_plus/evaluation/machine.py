@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_plus.evaluation.timing import seconds_of, turns
+from smoothquant_plus.evaluation.timing import replayed, seconds_of, turns
 from smoothquant_plus.runtime.kernels import cpu
 
-READ_BYTES = 256 << 20  # more than the caches hold
+READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # more than the caches hold
 TRIES, SECONDS = 5, 0.5  # of each call; the best counts: nothing makes a machine faster than it is
 SIDE = {"cpu": 512, "cuda": 8192}  # matrices that stay in a CPU core's share of the cache, and that fill a GPU
 PEAK_ITERATIONS = 1_000_000
@@ -25,8 +25,8 @@ PEAK_ITERATIONS = 1_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes read in 1e9 a second, and operations in 1e9 a second, a multiplication and an addition counted as two; None where the machine
-    has no such arithmetic, or where it could not be measured. `source` says how they were measured."""
+    """Bytes read (by a GPU's copy: read and written) in 1e9 a second, and operations in 1e9 a second, a multiplication and an addition counted
+    as two; None where the machine has no such arithmetic, or where it could not be measured. `source` says how they were measured."""
 
     source: str
     read_gb_per_s: float
@@ -52,10 +52,11 @@ class Limits:
 
 
 def measure_limits(device: torch.device, threads: int) -> Limits:
-    """The limits of this machine: by the package's own kernels where they are built, otherwise an estimate by what torch can do, which
-    is lower."""
-    kernels = extension()
-    if device.type != "cpu" or kernels is None:
+    """The limits of this machine: of a CPU by the package's own kernels where they are built, otherwise an estimate by what torch can do,
+    which is lower; of a GPU by what torch can do."""
+    if device.type == "cuda":
+        return _measure_cuda(device)
+    if extension() is None:
         return _estimate(device)
     ops = torch.ops.smoothquant_plus
     buffer = _read_buffer(device)
@@ -109,25 +110,36 @@ def _estimate(device: torch.device) -> Limits:
     """What torch's own sum and matrix products reach. On a CPU it has no integer product that is near to any peak."""
     buffer = _read_buffer(device).view(torch.int64)
     read = buffer.nbytes / _best(buffer.sum, device) / 1e9
-    side = SIDE[device.type]
-    operations = 2 * side**3 / 1e9
-    float_peaks = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        square = torch.ones(side, side, dtype=dtype, device=device)
-        float_peaks[dtype] = operations / _best(lambda square=square: square @ square, device)  # type: ignore[misc]
-    int8 = None
-    if device.type == "cuda":
-        square = torch.ones(side, side, dtype=torch.int8, device=device)
-        int8 = operations / _best(lambda: torch._int_mm(square, square.t()), device)
-    return Limits("an estimate: torch's sum and matrix products", read, int8, float_peaks[torch.bfloat16], float_peaks[torch.float32])
+    side = SIDE["cpu"]
+    peaks = {dtype: _peak_of_product(torch.randn(side, side).to(dtype)) for dtype in (torch.bfloat16, torch.float32)}
+    return Limits("an estimate: torch's sum and matrix products", read, None, peaks[torch.bfloat16], peaks[torch.float32])
+
+
+def _measure_cuda(device: torch.device) -> Limits:
+    """What torch's copy and matrix products reach, by graph replay. The numbers are random: a GPU multiplies constant ones faster, since
+    they take less power."""
+    buffer = _read_buffer(device)
+    other = torch.empty_like(buffer)
+    copy = 2 * buffer.nbytes / _best(lambda: other.copy_(buffer), device) / 1e9
+    floats = torch.randn(SIDE["cuda"], SIDE["cuda"], device=device)
+    integers = (floats * 40).clamp_(-127, 127).to(torch.int8)
+    peaks = (_peak_of_product(integers), _peak_of_product(floats.bfloat16()), _peak_of_product(floats))
+    return Limits("torch's copy and matrix products", copy, *peaks)
+
+
+def _peak_of_product(square: Tensor) -> float:
+    """Operations in 1e9 a second of `square` (S, S) times its transpose."""
+    product = torch._int_mm if square.dtype == torch.int8 else torch.mm
+    return 2 * len(square) ** 3 / 1e9 / _best(lambda: product(square, square.t()), square.device)
 
 
 def _read_buffer(device: torch.device) -> Tensor:
     """READ_BYTES as uint8, all of them written once so that they are really there; on huge pages where the system gives them, which can
     be read faster than others."""
+    nbytes = READ_BYTES[device.type]
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.ones(READ_BYTES, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, READ_BYTES)
+        return torch.ones(nbytes, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, nbytes)
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
@@ -136,4 +148,5 @@ def _read_buffer(device: torch.device) -> Tensor:
 def _best(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest time, in seconds, that a call took."""
     call()
-    return min(seconds_of(call, device) for _ in turns(["call"], TRIES, SECONDS))
+    sample = replayed([call], device) if device.type == "cuda" else lambda: seconds_of(call, device)
+    return min(sample() for _ in turns(["call"], TRIES, SECONDS))

@@ -1,4 +1,4 @@
-"""What other libraries multiply the same weights with: one short function each, and a row in `PEERS`. All use as many threads as torch does."""
+"""What other libraries multiply the same weights with: one short function each, and a row in `CPU_PEERS`. All use as many threads as torch does."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ class Weights:
 
     floats: Tensor
     quantized: dict[str, QuantizedWeight]
+
+    def copy(self) -> Weights:
+        """The same numbers elsewhere in memory."""
+
+        def again(weight: QuantizedWeight) -> QuantizedWeight:
+            zero_point = None if weight.zero_point is None else weight.zero_point.clone()
+            return QuantizedWeight(weight.values.clone(), weight.scale.clone(), weight.quant, zero_point)
+
+        copies = {id(weight): again(weight) for weight in self.quantized.values()}  # some schemes share theirs
+        return Weights(self.floats.clone(), {scheme: copies[id(weight)] for scheme, weight in self.quantized.items()})
 
 
 # A weight that was repacked for one library, waiting for activations: x bfloat16 (M, K) -> a call without arguments that multiplies, again
@@ -98,7 +108,7 @@ def torch_onednn(weights: Weights) -> Product:
 
 def torch_int4pack(weights: Weights) -> Product:
     """torch's 4-bit product: (q - 8) * scale + zero with unsigned q."""
-    values, scale, zero_point = _four_bits(weights)
+    values, scale, zero_point = four_bits(weights)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((values - INT4_MIN).int(), 1)
     both = torch.stack((scale, -zero_point * scale), dim=-1).transpose(0, 1).contiguous()  # (groups, N, 2)
     size = values.shape[1] // scale.shape[1]
@@ -133,7 +143,7 @@ def onnxruntime_int4(accuracy_level: int) -> Callable[[Weights], Product]:
     def build(weights: Weights) -> Product:
         from onnx import helper, numpy_helper
 
-        values, scale, zero_point = _four_bits(weights)
+        values, scale, zero_point = four_bits(weights)
         (channels, columns), groups = values.shape, scale.shape[1]
         if groups % 2:  # a row's zero points end at a whole byte
             zero_point = torch.nn.functional.pad(zero_point, (0, 1))
@@ -183,7 +193,7 @@ def openvino_int4(weights: Weights) -> Product:
     import openvino
     import openvino.opset13 as ops
 
-    values, scale, zero_point = _four_bits(weights)
+    values, scale, zero_point = four_bits(weights)
     shape = [len(values), scale.shape[1], values.shape[1] // scale.shape[1]]  # (N, groups, group size)
 
     def unsigned(integers: Tensor, shape: list[int]) -> Any:
@@ -230,7 +240,7 @@ def _openvino(weight_node: Any, shape: tuple[int, int]) -> Product:
     return bind
 
 
-def _four_bits(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def four_bits(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Values int8 (N, K), scales bfloat16 (N, groups) and zero points int8 (N, groups)."""
     weight = weights.quantized.get("w4a16") or weights.quantized["w4a8"]  # the same
     assert weight.zero_point is not None
@@ -239,7 +249,7 @@ def _four_bits(weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
 
 BF16 = "torch bf16"  # what all others are compared with
 
-PEERS: dict[str, Peer] = {
+CPU_PEERS: dict[str, Peer] = {
     BF16: Peer("bf16", "float", (), ("cpu", "cuda"), torch_bf16),
     "torch bf16 prepacked": Peer("bf16", "float", (), ("cpu",), torch_bf16_prepacked),
     "torch _int_mm": Peer("w8a8", "int8", (), ("cpu", "cuda"), torch_int_mm),

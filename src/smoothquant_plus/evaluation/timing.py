@@ -1,15 +1,23 @@
-"""What the benchmarks share: whose turn it is, how long a call takes, and how a result is laid out."""
+"""What the benchmarks share: whose turn it is, how long a call takes when no cache holds its weight, and how a result is laid out."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+# Read before each call on a CPU, so that weights come from memory as they do in a model, whose other layers were multiplied with meanwhile.
+STREAM_BYTES = 96 << 20
+# On a GPU calls take turns on copies of their weight: so many times what its cache holds.
+CACHES, COPIES = 3, 32
+# Calls in a CUDA graph at least, so that starting it does not count.
+GRAPH_CALLS = 20
 
 
 class Table(NamedTuple):
@@ -46,6 +54,61 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def copies_for(nbytes: int, device: torch.device) -> int:
+    """How many copies of what a call reads, `nbytes`, have to take turns for `sampler`, so that no cache holds the next one; COPIES at most."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(COPIES, -(-CACHES * cache // nbytes) + 1)
+
+
+def sampler(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """A function that measures once: the seconds of a call on what is in no cache. `calls` do the same on a copy each (`copies_for`)."""
+    return replayed(calls, device) if device.type == "cuda" else streamed(calls, device)
+
+
+def streamed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """The first of `calls`, after a stream over other memory."""
+    stream = _stream(STREAM_BYTES)
+
+    def sample() -> float:
+        stream.sum()
+        return seconds_of(calls[0], device)
+
+    return sample
+
+
+@functools.lru_cache(maxsize=1)
+def _stream(nbytes: int) -> torch.Tensor:
+    return torch.ones(nbytes // 8, dtype=torch.int64)
+
+
+def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """All of `calls` in turn as a CUDA graph, which costs no Python and no launches: the mean of a replay. Raises what the library raises
+    whose call cannot be captured, such as one that waits for the device."""
+    everyone = list(calls) * -(-GRAPH_CALLS // len(calls))
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # as CUDA graphs want it: whatever sets itself up does so before, and on another stream
+        for call in calls:
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in everyone:
+            call()
+
+    def sample() -> float:
+        graph.replay()  # the device is busy with this one while the next is enqueued
+        return seconds_of(graph.replay, device) / len(everyone)
+
+    return sample
+
+
+def microseconds(number: float) -> str:
+    return f"{number:.0f} us" if number >= 100 else f"{number:.1f} us"
 
 
 @contextmanager

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.runtime.kernels import select
+
+
+@dataclass(frozen=True)
+class QuantizedInput:
+    """Activations that were quantized per token where they were made (`fuse`), in place of a tensor in `dtype`.
+
+    `values` int8 (..., K filled up as the backend wants it), `scale` float32 (...).
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `values`: all that attention asks of its input besides products."""
+        return self.values.shape
 
 
 class QuantLinear(nn.Module):
@@ -45,8 +65,17 @@ class QuantLinear(nn.Module):
         """What the backend's `prepare` made of the weight."""
         return tuple(buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("prepared_"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        if isinstance(x, QuantizedInput):
+            y: Tensor = self._kernels.product(x.values, x.scale, self.prepared, self.bias, x.dtype)  # type: ignore[attr-defined]
+            return y
         return self.multiply(x, self.bias)
+
+    @property
+    def takes_integers(self) -> bool:
+        """Whether `forward` takes a QuantizedInput too: W8A8 with scales per token, on a backend that has `product`."""
+        inputs = self.scheme.inputs
+        return inputs is not None and inputs.dynamic and inputs.strategy == "token" and hasattr(self._kernels, "product")
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` with this `bias` (N,), or none, in place of the layer's own."""

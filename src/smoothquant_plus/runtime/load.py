@@ -28,6 +28,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
 
 
@@ -41,7 +42,7 @@ def load(
 ) -> Any:
     """The model in `directory`, quantized or not, ready to call, `generate()` and torch.compile.
 
-    `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'torch',
+    `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'triton', 'torch',
     'reference', or None to choose for each layer. `arithmetic` 'w4a8' multiplies the 4-bit weights of a W4A16 checkpoint with activations
     rounded to 8 bits per token: faster, and less accurate. Raises InputError for a checkpoint, device or backend that cannot be used.
     """
@@ -97,6 +98,7 @@ def load(
     if head_at in quantized or (stored and not torch.equal(head.weight, table.weight)):
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
+    fuse(blocks)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.runtime.kernels import cpu, reference, torch_int4, torch_int8
+from smoothquant_plus.runtime.kernels import cpu, reference, torch_int4, torch_int8, triton
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,12 @@ class Backend(Protocol):
 
 
 # The files of each backend, both in the order of preference.
-BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (cpu,), "torch": (torch_int8, torch_int4), "reference": (reference,)}
+BACKENDS: dict[str, tuple[Any, ...]] = {"cpu": (cpu,), "triton": (triton,), "torch": (torch_int8, torch_int4), "reference": (reference,)}
+
+
+def backends(device: torch.device) -> list[str]:
+    """The names that are tried on `device`, in the order of preference. Triton's interpreter, on the CPU, is for tests, which ask for it."""
+    return [name for name in BACKENDS if name != "triton" or device.type != "cpu"]
 
 
 def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: str | None = None) -> tuple[str, Backend]:
@@ -46,7 +51,7 @@ def select(scheme: Scheme, device: torch.device, shape: tuple[int, int], name: s
     if name is not None and name not in BACKENDS:
         raise InputError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}.{did_you_mean(name, BACKENDS)}")
     reasons: list[str] = []
-    for candidate in BACKENDS if name is None else (name,):
+    for candidate in backends(device) if name is None else (name,):
         for kernels in BACKENDS[candidate]:
             reason = kernels.supports(scheme, device, shape)
             if reason is None:

@@ -1,0 +1,92 @@
+"""Every kernel as it is compiled for the tables of configurations: for compiling ahead of time, which needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from smoothquant_plus.method.scheme import GROUP_SIZES
+from smoothquant_plus.runtime.kernels.triton import fused, w4a16, w8a8
+from smoothquant_plus.runtime.kernels.triton.configurations import ANYWHERE, SHIPPED, Configuration, Op
+
+# Triton's names of types for the arguments of the kernels; FLOAT stands for the dtype of the activations.
+W4A16 = {"x_ptr": "*FLOAT", "packed_ptr": "*i16", "steps_ptr": "*FLOAT", "partial_ptr": "*fp32", "blocks": "i32", "x_stride": "i32"}
+W8A8 = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32", "partial_ptr": "*i32", "K": "i32"}
+BOTH = {"bias_ptr": "*FLOAT", "y_ptr": "*FLOAT", "arrived_ptr": "*i32", "M": "i32", "N": "i32"}
+DEQUANTIZE = W4A16 | {"weight_ptr": "*FLOAT", "from_channel": "i32", "to_channel": "i32", "N": "i32", "K": "i32"}
+QUANTIZE = {"x_ptr": "*FLOAT", "values_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "filled": "i32", "x_stride": "i32"}
+SCALE = W8A8 | BOTH | {"total_ptr": "*i32"}
+NORM = QUANTIZE | {"residual_ptr": "*FLOAT", "weight_ptr": "*FLOAT", "bias_ptr": "*FLOAT", "sum_ptr": "*FLOAT"}
+NORM |= {"residual_stride": "i32", "eps": "fp32"}
+SILU = QUANTIZE | {"gate_ptr": "*FLOAT", "up_ptr": "*FLOAT", "gate_stride": "i32", "up_stride": "i32"}
+# What is not a multiple of 16 in general; all else is, addresses too, in the shapes of real models.
+ANY = ("M", "blocks", "from_channel", "to_channel", "eps")
+
+
+class Compilation(NamedTuple):
+    """What `triton.compile` takes.
+
+    `signature` has the type of every argument, 'constexpr' for `constants`; `aligned` names those that are multiples of 16. `configuration`
+    is the row of the table, or None for a kernel that always runs alike.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    aligned: tuple[str, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    configuration: Configuration | None
+
+
+def shipped(architecture: str) -> Iterator[Compilation]:
+    """Everything that runs on `architecture` ('sm_90'): each row of its tables for each group size and dtype, with a split sum and a bias."""
+    for dtype in ("bf16", "fp16"):
+        for how in rows(architecture, "w4a16"):
+            for group in GROUP_SIZES:
+                name = f"w4a16 {how.kernel} {how.rows}x{how.channels} group {group} {dtype}"
+                if how.kernel == "matmul":
+                    tile = {"GROUP": group, "CHANNELS": w4a16.DEQUANTIZED}
+                    yield compilation(name, w4a16.dequantize_kernel, DEQUANTIZE, dtype, tile, 4, 1)
+                else:
+                    constants = w4a16.constants(how, group) | {"SPLIT": True}
+                    yield compilation(name, w4a16.product_kernel, W4A16 | BOTH, dtype, constants, how.warps, how.stages, how)
+        for how in rows(architecture, "w8a8"):
+            name = f"w8a8 {how.kernel} {how.rows}x{how.channels} {dtype}"
+            if how.kernel == "matmul":
+                yield compilation(name, w8a8.scale_kernel, SCALE, dtype, {"CHANNELS": w8a8.SCALED}, 4, 1)
+            else:
+                constants = w8a8.constants(how) | {"SPLIT": True}
+                yield compilation(name, w8a8.product_kernel, W8A8 | BOTH, dtype, constants, how.warps, how.stages, how)
+        length = {"LENGTH": w8a8.QUANTIZED}
+        yield compilation(f"w8a8 quantize per token {dtype}", w8a8.quantize_kernel, QUANTIZE, dtype, {"given_ptr": None} | length, 8, 2)
+        given = QUANTIZE | {"given_ptr": "*fp32"}
+        yield compilation(f"w8a8 quantize given {dtype}", w8a8.quantize_kernel, given, dtype, length, 8, 2)
+        for k in (8192, fused.LARGEST_NORM):
+            tile, warps, stages = fused.tile(k)
+            for layer in (False, True):
+                name = f"{'layer' if layer else 'rms'} norm {k} {dtype}"
+                yield compilation(name, fused.norm_quantize_kernel, NORM, dtype, {"LAYER": layer} | tile, warps, stages)
+        for k in (11008, fused.LARGEST_PRODUCT):
+            tile, warps, stages = fused.tile(k)
+            yield compilation(f"silu {k} {dtype}", fused.silu_quantize_kernel, SILU, dtype, tile, warps, stages)
+
+
+def rows(architecture: str, op: Op) -> Iterator[Configuration]:
+    return (configuration for _, configuration in SHIPPED.get((architecture, op)) or ANYWHERE[op])
+
+
+def compilation(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    dtype: str,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    configuration: Configuration | None = None,
+) -> Compilation:
+    signature = {each: "constexpr" if each in constants else types[each].replace("FLOAT", dtype) for each in kernel.arg_names}
+    aligned = tuple(each for each in kernel.arg_names if each not in constants and each not in ANY)
+    return Compilation(name, kernel, signature, aligned, constants, warps, stages, configuration)
