@@ -132,10 +132,9 @@ def _humming(floats: Tensor, weight_config: dict[str, object], input_config: dic
 
 
 def vllm_marlin(weights: Weights) -> Product:
+    from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.scalar_type import scalar_types
-
-    from vllm import _custom_ops as ops
 
     values, scale, zero_point = four_bits(weights)
     (n, k), groups = values.shape, scale.shape[1]
@@ -154,9 +153,8 @@ def vllm_marlin(weights: Weights) -> Product:
 
 
 def vllm_machete(weights: Weights) -> Product:
-    from vllm.scalar_type import scalar_types
-
     from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types
 
     values, scale, zero_point = four_bits(weights)
     kind, size = scalar_types.uint4, values.shape[1] // scale.shape[1]
