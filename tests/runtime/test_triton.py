@@ -281,11 +281,8 @@ def test_what_they_support() -> None:
 @pytest.mark.parametrize("without", [True, False])
 def test_machines_without_triton_or_a_gpu(without: bool) -> None:
     script = (
-        "import sys, importlib.util, torch\n"
-        f"if {without}:\n"
-        "    find = importlib.util.find_spec\n"
-        "    importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
-        "    sys.modules['triton'] = None\n"
+        "import sys, torch\n"
+        f"if {without}: sys.modules['triton'] = None\n"
         "from smoothquant_plus.method.scheme import find_scheme\n"
         "from smoothquant_plus.runtime.kernels import select, triton\n"
         "print(triton.supports(find_scheme('w4a16'), torch.device('cpu'), (8, 128)))\n"
@@ -294,10 +291,10 @@ def test_machines_without_triton_or_a_gpu(without: bool) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    reason = "Triton is not installed: pip install triton" if without else "they run on NVIDIA GPUs, not on 'cpu'"
-    assert done.stdout.splitlines()[0] == reason, done.stderr
+    reason = "Triton cannot be imported (" if without else "they run on NVIDIA GPUs, not on 'cpu'"
+    assert done.stdout.startswith(reason), done.stderr
     assert done.stdout.split()[-1] in ("cpu", "torch")
-    assert f"InputError: backend 'triton' cannot run a 8x128 layer in w4a16 on cpu: triton: {reason}." in done.stderr
+    assert f"InputError: backend 'triton' cannot run a 8x128 layer in w4a16 on cpu: triton: {reason}" in done.stderr
 
 
 def test_tables_end_with_any_number_of_tokens_in_increasing_order() -> None:

@@ -65,6 +65,19 @@ SHIPPED: dict[tuple[str, Op], Rows] = {
         (64, Configuration("fused", rows=64, channels=128, warps=4, stages=4)),
         (MANY, Configuration("fused", rows=128, channels=256, warps=8, stages=3)),
     ),
+    # Blackwell's own tensor cores take four warps and more, and then one product a step.
+    ("sm_100", "w4a16"): (
+        (8, Configuration("scale_after", rows=8, channels=64, warps=2, stages=4)),
+        (16, Configuration("scale_after", rows=16, channels=64, warps=2, stages=4)),
+        (32, Configuration("scale_before", rows=32, channels=64, warps=2, stages=4)),
+        (256, Configuration("scale_before", rows=64, channels=64, warps=2, stages=3)),
+        (MANY, Configuration("matmul")),
+    ),
+    ("sm_100", "w8a8"): (
+        (16, Configuration("fused", rows=16, channels=64, dots=2, warps=4, stages=4)),
+        (64, Configuration("fused", rows=64, channels=64, warps=4, stages=4)),
+        (MANY, Configuration("fused", rows=128, channels=128, warps=8, stages=3)),
+    ),
 }
 # For architectures without a table: small tiles, which fit the shared memory of all of them.
 ANYWHERE: dict[Op, Rows] = {
