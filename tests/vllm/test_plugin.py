@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.runtime import vllm as plugin
 from smoothquant_plus.runtime.kernels import cpu
+from smoothquant_plus.runtime.kernels import triton as kernels_of_triton
 
 Out = Callable[[str, str], Path]
 Theirs = Callable[..., Answer]
@@ -77,6 +78,33 @@ def test_what_our_kernels_lack_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu, "missing", lambda: "not built")
     Config.input_symmetric = True
     assert plugin.Int8Kernel.can_implement(Config()) == (False, "not built")
+
+
+def test_on_gpus_ours_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided without a GPU; there is none to run them on."""
+
+    class Gpu:
+        device_type = "cuda"
+
+        def is_cpu(self) -> bool:
+            return False
+
+    class Config:
+        input_symmetric = True
+        additional_config: ClassVar[dict[str, str]] = {}
+
+    monkeypatch.setattr(plugin, "current_platform", Gpu())
+    monkeypatch.setattr(plugin, "get_current_vllm_config", Config)
+    able, reason = plugin.Int8Kernel.can_implement(Config())
+    assert not able and "unless its additional config says sqplus_kernels: triton" in reason
+    Config.additional_config = {"sqplus_kernels": "tirton"}
+    with pytest.raises(InputError, match="unknown sqplus_kernels 'tirton'"):
+        plugin.Int8Kernel.can_implement(Config())
+    Config.additional_config = {"sqplus_kernels": "triton"}
+    with pytest.raises(InputError, match="triton cannot run this model: "):
+        plugin.Int8Kernel.can_implement(Config())
+    monkeypatch.setattr(kernels_of_triton, "supports", lambda *args: None)
+    assert plugin.Int8Kernel.can_implement(Config()) == (True, None)
 
 
 def test_the_float_weight_of_a_layer_with_static_activations(out: Out) -> None:

@@ -28,7 +28,11 @@ from smoothquant_plus.preparation import Calibration
 
 DOCS = Path(__file__).parents[2] / "docs"
 SQPLUS = Path(sys.executable).with_name("sqplus")
-ELSEWHERE = ("tensor-parallel-size 4", "tensor-parallel-size 8")  # what the page says needs several GPUs or machines
+ELSEWHERE = {  # what the pages say needs a GPU, or several, or several machines
+    "tensor-parallel-size 4": "serving.md",
+    "tensor-parallel-size 8": "serving.md",
+    "sqplus_kernels": "vllm.md",
+}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 QUICK = ["--enforce-eager", "--dtype", "float32", "--chat-template", TEMPLATE]
 
@@ -65,7 +69,7 @@ def ask(port: int, path: str, content: dict[str, Any]) -> Any:
         return json.load(answer)["choices"][0]
 
 
-@pytest.mark.parametrize("command", [*commands("serving.md", "sqplus serve"), *commands("vllm.md", "sqplus serve")])
+@pytest.mark.parametrize("command", dict.fromkeys([*commands("serving.md", "sqplus serve"), *commands("vllm.md", "sqplus serve")]))
 def test_the_server_answers(command: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Completions with the tokens of this package's own runtime, and chat."""
     monkeypatch.chdir(here)
@@ -146,6 +150,6 @@ def run(command: str, directory: Path, *more: str) -> subprocess.CompletedProces
 
 
 def test_the_other_commands_say_what_they_need() -> None:
-    page = (DOCS / "serving.md").read_text()
-    for option in ELSEWHERE:
-        assert re.search(r"needs several (GPUs|machines)", page[: page.index(option)][-400:])
+    for option, page in ELSEWHERE.items():
+        before, found, _ = (DOCS / page).read_text().partition(option)
+        assert found and re.search(r"needs (a GPU|several GPUs|several machines)", before[-400:])

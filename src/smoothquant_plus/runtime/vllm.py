@@ -1,7 +1,8 @@
 """The plugin for vLLM, which finds it by its entry point (pyproject.toml); docs/vllm.md says how it is used.
 
-On a CPU, compressed-tensors checkpoints run on our own kernels (csrc/), mixtures of experts too; what those do not support is left to vLLM, as
-is every other device. `--quantization sqplus` gives vLLM, on any device, what `sqplus quantize` would write for a full-precision checkpoint.
+On a CPU, compressed-tensors checkpoints run on our own kernels (csrc/), mixtures of experts too; what those do not support is left to vLLM. On a
+GPU vLLM's kernels come first, unless ours (kernels/triton) are asked for. `--quantization sqplus` gives vLLM, on any device, what `sqplus quantize`
+would write for a full-precision checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, MPLinearKernel
 from vllm.model_executor.layers.attention import mla_attention
@@ -56,14 +58,14 @@ from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import block_tensors, fold_block, quantize_block, smooth_block, unquantized
 from smoothquant_plus.progress import note
-from smoothquant_plus.runtime.kernels import cpu
+from smoothquant_plus.runtime.kernels import BACKENDS, cpu
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.workspace import PLAN
 
 log = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-BACKEND = "cpu"
+# What asks for our kernels on a GPU, with the value 'triton', in vLLM's `--additional-config`.
+KERNELS = "sqplus_kernels"
 
 # What `--quantization` is given, and what may stand beside "quant_method" in the quantization_config of `hf_overrides`.
 SQPLUS = "sqplus"
@@ -76,9 +78,10 @@ LOAD_FORMATS = ("auto", "hf", "safetensors")
 def register() -> None:
     """What vLLM calls in each of its processes, in some more than once."""
     for kernels, kernel in ((vllm_kernels._POSSIBLE_INT8_KERNELS, Int8Kernel), (vllm_kernels._POSSIBLE_KERNELS, Int4Kernel)):
-        preferred: list[Any] = kernels[PlatformEnum.CPU]
-        if kernel not in preferred:
-            preferred.insert(0, kernel)  # register_linear_kernel would put it last, where it is never chosen
+        for platform in (PlatformEnum.CPU, PlatformEnum.CUDA):
+            preferred: list[Any] = kernels[platform]
+            if kernel not in preferred:
+                preferred.insert(0, kernel)  # register_linear_kernel would put it last, where it is never chosen
     register_quantization_config("compressed-tensors")(WithExperts)
     register_quantization_config(SQPLUS)(OnLoad)
     mla_attention.get_and_maybe_dequant_weights = float_weight
@@ -86,11 +89,36 @@ def register() -> None:
         _LOAD_FORMAT_TO_MODEL_LOADER[load_format] = Loader  # register_model_loader would warn in every process
 
 
-def declined(reason: str | None) -> tuple[bool, str | None]:
-    """What vLLM expects of a kernel's `can_implement`. It says nothing of a kernel that has another one behind it, so that is logged here."""
+def backend() -> str:
+    """Which of our backends runs here."""
+    return "cpu" if current_platform.is_cpu() else "triton"
+
+
+def answer(reason: str | None) -> tuple[bool, str | None]:
+    """What vLLM expects of a kernel's `can_implement`: whether ours runs a layer, or `reason` why it cannot. vLLM says nothing of a kernel that has
+    another one behind it, so that is logged here.
+
+    On GPUs ours have to be asked for, in a part of vLLM's configuration that its cache of compiled models knows. Raises InputError when they
+    were, and cannot.
+    """
+    if not current_platform.is_cpu():
+        asked = get_current_vllm_config().additional_config.get(KERNELS)
+        if asked not in (None, "triton"):
+            raise InputError(f"unknown {KERNELS} '{asked}' in vLLM's additional config: there is triton.")
+        if asked is None:
+            return False, f"vLLM's own kernels come first here, unless its additional config says {KERNELS}: triton"
+        if reason is not None:
+            raise InputError(f"{KERNELS}: triton cannot run this model: {reason}.")
     if reason is not None:
         log.info("left to vLLM's own kernels: %s", reason)
     return reason is None, reason
+
+
+def unsupported(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """None, or why our kernels cannot run a layer of this `shape` (N, K) here."""
+    (kernels,) = BACKENDS[backend()]
+    reason: str | None = kernels.supports(scheme, torch.device(current_platform.device_type), shape)
+    return reason
 
 
 class Int8Kernel(Int8ScaledMMLinearKernel):
@@ -102,12 +130,12 @@ class Int8Kernel(Int8ScaledMMLinearKernel):
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        return declined(cpu.missing() if c.input_symmetric else "asymmetric activations")
+        return answer(unsupported(find_scheme("w8a8"), (1, 1)) if c.input_symmetric else "asymmetric activations")
 
     def process_weights_after_loading(self, layer: Any) -> None:
         values, scale, input_scale, *_ = self._get_layer_params(layer)
         if not self.config.is_channelwise:  # a scale for each of the layers that were fused
-            scale = scale.repeat_interleave(torch.tensor(layer.logical_widths))[:, None]
+            scale = scale.repeat_interleave(torch.tensor(layer.logical_widths, device=scale.device))[:, None]
         scheme = find_scheme("w8a8", "static" if self.config.is_static_input_scheme else "token")
         weight = QuantizedWeight(values.data, scale.data, scheme.weights)
         keep(layer, weight, scheme, None if input_scale is None else input_scale.data)
@@ -129,10 +157,10 @@ class Int4Kernel(MPLinearKernel):
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
         channels, rows = c.partition_weight_shape
         if c.weight_type != (scalar_types.uint4 if c.zero_points else scalar_types.uint4b8):
-            return declined(f"weights of type {c.weight_type}")
+            return answer(f"weights of type {c.weight_type}")
         if c.group_size not in GROUP_SIZES or channels % c.group_size:
-            return declined(f"groups of {c.group_size} along {channels} input channels")
-        return declined(cpu.supports(find_scheme("w4a16"), CPU, (rows, channels)))
+            return answer(f"groups of {c.group_size} along {channels} input channels")
+        return answer(unsupported(find_scheme("w4a16"), (rows, channels)))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         packed, scale, zero_point = self._get_weight_params(layer)
@@ -150,7 +178,7 @@ class Int4Kernel(MPLinearKernel):
 
 def keep(layer: nn.Module, weight: QuantizedWeight, scheme: Scheme, input_scale: Tensor | None = None) -> None:
     """Give `layer` its weight as our kernels want it."""
-    layer.sqplus = QuantLinear(weight, scheme, input_scale=input_scale, backend=BACKEND)
+    layer.sqplus = QuantLinear(weight, scheme, input_scale=input_scale, backend=backend())
 
 
 def float_weight(layer: Any, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,8 +190,9 @@ def float_weight(layer: Any, out_dtype: torch.dtype = torch.float32) -> Tensor:
     if kept is None or not kept.scheme.static:
         weight: Tensor = get_and_maybe_dequant_weights(layer, out_dtype)
         return weight
-    ones = torch.eye(kept.in_features, dtype=out_dtype)
-    return cpu.linear(ones, kept.prepared, find_scheme("w8a8"), None, None).t()
+    ones = torch.eye(kept.in_features, dtype=out_dtype, device=kept.prepared[0].device)
+    (kernels,) = BACKENDS[kept.backend]
+    return kernels.linear(ones, kept.prepared, find_scheme("w8a8"), None, None).t()
 
 
 def release(layer: nn.Module, names: Any) -> None:
