@@ -309,6 +309,7 @@ def test_parts_share_the_work_evenly() -> None:
             assert 1 <= split <= steps and (split - 1) * length < steps  # no program is without a step
     assert parts(Configuration("scale_after", rows=16), 4096, 4096, 1, 132) > 1
     assert parts(Configuration("scale_after", rows=16), 128256, 4096, 1, 132) == 1
+    assert parts(Configuration("fused", rows=128, channels=256), 4096, 4096, 4096, 132) == 1  # enough tiles
     assert parts(Configuration("matmul"), 4096, 4096, 4096, 132) == 1
 
 

@@ -28,7 +28,7 @@ Kernel = Literal["scale_after", "scale_before", "fused", "matmul"]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Configuration:
-    """A kernel and its tiles: `rows` tokens times `channels` output channels, `depth` input channels at a time (128 for w4a16).
+    """A kernel and its tiles: `rows` tokens times `channels` output channels, `depth` input channels at a time, in `dots` products (w8a8 only).
 
     The sum over input channels is split over `split` programs; 0 takes as many as fill the GPU.
     """
@@ -36,7 +36,8 @@ class Configuration:
     kernel: Kernel
     rows: int = 64
     channels: int = 64
-    depth: int = 128
+    depth: Literal[64, 128] = 128
+    dots: Literal[1, 2] = 1
     split: int = 0
     warps: int = 4
     stages: int = 3
@@ -46,8 +47,9 @@ class Configuration:
 Rows = tuple[tuple[int, Configuration], ...]
 MANY = 1 << 30
 
-# From counts of the instructions in the compiled loops (two warps keep Hopper's decode loop on mma.sync, which waits less than wgmma), not from
-# timings: no GPU has measured them yet. Timings will also tell shapes apart; these hold for all.
+# From counts of the instructions in the compiled loops, not from timings: no GPU has measured them yet. Timings will also tell shapes apart; these
+# hold for all. Two warps keep the decode loop on Hopper from wgmma, which waits for each product; two products in a step keep Triton, before
+# Hopper, from holding 8-bit operands of the next step in registers, byte by byte.
 SHIPPED: dict[tuple[str, Op], Rows] = {
     ("sm_90", "w4a16"): (
         (8, Configuration("scale_after", rows=8, channels=64, warps=2, stages=4)),
@@ -58,10 +60,10 @@ SHIPPED: dict[tuple[str, Op], Rows] = {
         (MANY, Configuration("matmul")),
     ),
     ("sm_90", "w8a8"): (
-        (16, Configuration("fused", rows=16, channels=64, depth=128, warps=4, stages=4)),
-        (32, Configuration("fused", rows=32, channels=64, depth=128, warps=4, stages=4)),
-        (64, Configuration("fused", rows=64, channels=128, depth=128, warps=4, stages=4)),
-        (MANY, Configuration("fused", rows=128, channels=256, depth=128, warps=8, stages=3)),
+        (16, Configuration("fused", rows=16, channels=64, dots=2, warps=4, stages=4)),
+        (32, Configuration("fused", rows=32, channels=64, dots=2, warps=4, stages=4)),
+        (64, Configuration("fused", rows=64, channels=128, warps=4, stages=4)),
+        (MANY, Configuration("fused", rows=128, channels=256, warps=8, stages=3)),
     ),
 }
 # For architectures without a table: small tiles, which fit the shared memory of all of them.
@@ -74,13 +76,11 @@ ANYWHERE: dict[Op, Rows] = {
         (MANY, Configuration("matmul")),
     ),
     "w8a8": (
-        (16, Configuration("fused", rows=16, channels=64, depth=128, warps=4, stages=4)),
-        (64, Configuration("fused", rows=64, channels=64, depth=128, warps=4, stages=4)),
-        (MANY, Configuration("fused", rows=128, channels=128, depth=64, warps=8, stages=3)),
+        (16, Configuration("fused", rows=16, channels=64, dots=2, warps=4, stages=4)),
+        (64, Configuration("fused", rows=64, channels=64, dots=2, warps=4, stages=4)),
+        (MANY, Configuration("fused", rows=128, channels=128, dots=2, warps=8, stages=3)),
     ),
 }
-# Programs that a multiprocessor should have: enough loads on the way to keep its memory busy.
-PROGRAMS = 4
 
 
 def choose(op: Op, n: int, k: int, tokens: int, device: torch.device) -> Configuration:
@@ -91,14 +91,17 @@ def choose(op: Op, n: int, k: int, tokens: int, device: torch.device) -> Configu
     return replace(found, split=parts(found, n, k, tokens, multiprocessors))
 
 
-def parts(configuration: Configuration, n: int, k: int, tokens: int, multiprocessors: int) -> int:
+def parts(how: Configuration, n: int, k: int, tokens: int, multiprocessors: int) -> int:
     """How many programs share the sum of a tile, each with as many steps but the last, which may have fewer."""
-    if configuration.kernel == "matmul":
+    tiles = cdiv(tokens, how.rows) * cdiv(n, how.channels)
+    if how.kernel == "matmul" or tiles > TILES:
         return 1
-    tiles = cdiv(tokens, configuration.rows) * cdiv(n, configuration.channels)
-    steps = cdiv(k, configuration.depth)
-    wanted = configuration.split or cdiv(PROGRAMS * multiprocessors, tiles)
-    return 1 if tiles > TILES else cdiv(steps, cdiv(steps, min(wanted, steps)))
+    steps = cdiv(k, how.depth)
+    # Several programs of small tiles on each multiprocessor keep its memory busy; of large ones, one or two fit. And what programs hand over
+    # must be little beside what they read, so large tiles take more steps.
+    wanted = cdiv((4 if how.rows <= 32 else 1) * multiprocessors, tiles)
+    split = how.split or min(wanted, steps // max(2, how.rows // 16))
+    return cdiv(steps, cdiv(steps, max(1, min(split, steps))))
 
 
 def cdiv(a: int, b: int) -> int:

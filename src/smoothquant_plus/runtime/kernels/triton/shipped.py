@@ -53,7 +53,7 @@ def shipped(architecture: str) -> Iterator[Compilation]:
                     constants = w4a16.constants(how, group) | {"SPLIT": True}
                     yield compilation(name, w4a16.product_kernel, W4A16 | BOTH, dtype, constants, how.warps, how.stages, how)
         for how in rows(architecture, "w8a8"):
-            name = f"w8a8 {how.kernel} {how.rows}x{how.channels}x{how.depth} {dtype}"
+            name = f"w8a8 {how.kernel} {how.rows}x{how.channels} {dtype}"
             if how.kernel == "matmul":
                 yield compilation(name, w8a8.scale_kernel, SCALE, dtype, {"CHANNELS": w8a8.SCALED}, 4, 1)
             else:

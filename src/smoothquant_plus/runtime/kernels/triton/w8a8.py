@@ -74,11 +74,14 @@ def product_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STEP: tl.constexpr,
+    DOTS: tl.constexpr,
 ):
-    """y (M, N) = x int8 (M, K) @ weight.T int8 (N, K), times the scales float32 (M,) and (N,), plus the bias. K is a multiple of STEP.
+    """y (M, N) = x int8 (M, K) @ weight.T int8 (N, K), times the scales float32 (M,) and (N,), plus the bias. K is a multiple of STEP, which
+    is multiplied in DOTS pieces.
 
     Grid: (tiles, programs that share the sum of a tile).
     """
+    PIECE: tl.constexpr = STEP // DOTS
     tiles_of_rows = tl.cdiv(M, ROWS)
     tiles_of_channels = tl.cdiv(N, CHANNELS)
     first_row = tl.program_id(0) // (SUPER * tiles_of_channels) * SUPER
@@ -90,13 +93,14 @@ def product_kernel(
     length = tl.cdiv(K // STEP, tl.num_programs(1))
     first = tl.program_id(1) * length
     last = tl.minimum(first + length, K // STEP)
-    k = first * STEP + tl.arange(0, STEP)
+    k = first * STEP + tl.arange(0, PIECE)
     # Rows and channels beyond the last are the last once more, and not stored.
     x_at = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * K + k[None, :]
     weight_at = weight_ptr + tl.minimum(channel, N - 1).to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros((ROWS, CHANNELS), tl.int32)
     for _ in range(first, last):
-        total = tl.dot(tl.load(x_at), tl.load(weight_at), total, out_dtype=tl.int32)
+        for piece in tl.static_range(0, STEP, PIECE):
+            total = tl.dot(tl.load(x_at + piece), tl.load(weight_at + piece), total, out_dtype=tl.int32)
         x_at += STEP
         weight_at += STEP
 
@@ -194,4 +198,4 @@ def multiply(
 
 def constants(how: Configuration) -> dict[str, Any]:
     """The compile-time arguments of `product_kernel`."""
-    return {"SPLIT": how.split > 1, "ROWS": how.rows, "CHANNELS": how.channels, "STEP": how.depth}
+    return {"SPLIT": how.split > 1, "ROWS": how.rows, "CHANNELS": how.channels, "STEP": how.depth, "DOTS": how.dots}
