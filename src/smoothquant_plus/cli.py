@@ -44,7 +44,9 @@ LmHead = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default what config.json says.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as torch takes.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")]
-Backend = Annotated[str | None, typer.Option(help="cpu, torch or reference; by default the first of them that supports each layer.")]
+Backend = Annotated[
+    str | None, typer.Option(help="cpu, triton, torch or reference; by default the first of them that supports each layer.")
+]
 Arithmetic = Annotated[
     str | None, typer.Option(help="w4a8: activations of w4a16 layers in 8 bits per token too; faster, less accurate. Default: as they are.")
 ]
@@ -79,7 +81,7 @@ def command(function: Callable[..., Any], group: typer.Typer = app, **settings: 
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            size = {"linear": "fewer --tokens", "model": "fewer --prompt-tokens"}.get(name, "a smaller --seq-len")
+            size = {"linear": "fewer --tokens", "tune": "fewer --tokens", "model": "fewer --prompt-tokens"}.get(name, "a smaller --seq-len")
             err.print(f"error: {error} Nothing is lost: use {size}, or --device cpu.", markup=False)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
@@ -368,6 +370,27 @@ def demo(
         out.print(found.closing)
 
     show(found, as_json, human)
+
+
+@command
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: some of Llama 7B and 70B."),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Batches to tune for; the largest stands for all larger ones.")
+    ] = "1,8,16,32,64,128,256,512,1024,4096",
+    scheme: Annotated[str | None, typer.Option(help="w8a8 or w4a16; by default both.")] = None,
+    device: Device = "cuda",
+    as_json: Json = False,
+) -> None:
+    """Time the Triton kernels on this GPU, and keep what is fastest for its layers in a file that later runs read."""
+    from smoothquant_plus.evaluation.tune import tables
+    from smoothquant_plus.evaluation.tune import tune as run
+
+    found = run(shape, tokens, scheme, device)
+    show(asdict(found) | {"file": str(found.file)}, as_json, lambda: show_tables(tables(found), [f"written to {found.file}"]))
 
 
 @functools.partial(command, group=bench)

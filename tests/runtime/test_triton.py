@@ -1,4 +1,5 @@
-"""The Triton kernels against the reference: in Triton's interpreter (see conftest.py), or on a GPU where there is one."""
+"""The Triton kernels against the reference: in Triton's interpreter (see conftest.py), or on a GPU where there is one. What only a GPU shows is in
+test_triton_gpu.py."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from smoothquant_plus.errors import InputError
+from smoothquant_plus.evaluation import tune
 from smoothquant_plus.method.integers import QuantizedWeight, dequantize, quantize_input, quantize_weight
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme
 from smoothquant_plus.runtime.kernels import select, triton
@@ -323,7 +325,7 @@ def test_a_tuned_file_is_used_and_a_broken_one_is_refused(tmp_path: Path, monkey
     try:
         assert choose("w4a16", 64, 512, 3, DEVICE) == Configuration("scale_after", rows=8, split=2)
         assert choose("w4a16", 64, 512, 5, DEVICE).kernel == "matmul"
-        assert choose("w4a16", 64, 640, 3, DEVICE).split != 2
+        assert choose("w4a16", 64, 640, 3, DEVICE).warps == 2  # another shape: what is shipped
         path.write_text(json.dumps({name: {"w4a16 64x512": [[4, {"kernel": "fastest"}]]}}))
         configurations.tuned.cache_clear()
         with pytest.raises(InputError, match=r"tuned.json is not what sqplus tune writes .*: remove it, or run sqplus tune again"):
@@ -341,34 +343,46 @@ def test_every_compilation_is_complete() -> None:
             assert {name for name, kind in each.signature.items() if kind == "constexpr"} == set(each.constants)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (11008, 4096), (4096, 14336), (8190, 8192)])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_real_shapes(n: int, k: int, dtype: torch.dtype) -> None:
-    grouped = grouped_weight(GROUPED[0], n, k, dtype)
-    layer, exact = QuantLinear(grouped, GROUPED[0], bias=random(n), backend="triton"), dequantize(grouped)
-    eight, right = (int8_layer(INT8[0], n, k, backend) for backend in ("triton", "reference"))
-    eight.bias = right.bias = None
-    for m in (1, 4, 16, 17, 64, 100, 256, 1000, 4096):
-        x = random(m, k, dtype=dtype)
-        y = layer(x)
-        assert_is_the_product(y, x, exact, layer.bias, torch.finfo(dtype).eps)
-        assert torch.equal(layer(x), y)
-        assert torch.equal(eight(x), right(x))
+@pytest.mark.skipif(GPU, reason="times are made up")
+def test_tune_writes_what_is_fastest_and_layers_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "tuned.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"another GPU": {"w8a8 8x8": [[1, {"kernel": "matmul"}]]}}))
+    monkeypatch.setenv("SQPLUS_TUNED", str(path))
+    fast = Configuration("scale_after", rows=8, channels=32, split=2, warps=2, stages=3)
+    slow = Configuration("scale_before", rows=16, channels=64, split=1)
+    tried: list[Configuration] = []
+
+    def sampler_of(
+        op: str, x: Tensor, copies: list[tuple[Tensor, ...]], how: Configuration, expected: Tensor
+    ) -> Callable[[], float] | None:
+        assert torch.allclose(tune.product_of(op, x, copies[0], how)(), expected, atol=0.5) if how in (fast, slow) else True
+        tried.append(how)
+        return None if how.channels == 64 and how != slow else lambda: 1.0 if how == fast else 2.0
+
+    monkeypatch.setattr(tune, "sampler_of", sampler_of)
+    monkeypatch.setattr(tune, "candidates", lambda op, m: [fast, slow, Configuration("scale_after", rows=8)])
+    monkeypatch.setattr(tune, "choose", lambda *shape: slow)
+    try:
+        found = tune.tune(["40x256"], "2,4", "w4a16", "cpu")
+        assert [(one.tokens, one.configuration, one.microseconds) for one in found.choices] == [(2, fast, 1e6), (4, fast, 1e6)]
+        assert [one.microseconds_before for one in found.choices] == [2e6, 2e6] and fast in tried and slow in tried
+        assert choose("w4a16", 40, 256, 1000, DEVICE) == fast  # the largest batch stands for all that are larger
+        assert set(json.loads(path.read_text())) == {"another GPU", ""}
+        assert len(tune.tables(found)[0].lines) == 2
+    finally:
+        configurations.tuned.cache_clear()
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("scheme", [INT8[0], INT8[1], GROUPED[0]], ids=name_of)
-def test_cuda_graphs_capture_them(scheme: Scheme) -> None:
-    n, k = 4096, 4096
-    layer = int8_layer(scheme, n, k) if scheme.inputs is not None else QuantLinear(grouped_weight(scheme, n, k), scheme, backend="triton")
-    for m in (1, 16, 64, 512):
-        x = random(m, k, dtype=torch.bfloat16)
-        layer(x)  # compiled now
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
-        x.copy_(random(m, k + 1)[:, 1:])
-        for _ in range(3):
-            graph.replay()
-        assert torch.equal(y, layer(x))
+def test_what_tune_tries() -> None:
+    for op, m in itertools.product(("w4a16", "w8a8"), (1, 8, 17, 64, 256, 4096)):
+        tried = tune.candidates(op, m)
+        assert len(set(tried)) == len(tried) and 5 < len(tried) < 100
+        assert all(how.rows >= min(m, 128) / 2 or how.kernel == "matmul" for how in tried)
+        assert any(how.kernel == "matmul" for how in tried) == (m >= 32)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_tune_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match="times kernels on an NVIDIA GPU, and torch finds none here"):
+        tune.tune()

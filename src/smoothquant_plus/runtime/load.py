@@ -42,7 +42,7 @@ def load(
 ) -> Any:
     """The model in `directory`, quantized or not, ready to call, `generate()` and torch.compile.
 
-    `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'torch',
+    `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'triton', 'torch',
     'reference', or None to choose for each layer. `arithmetic` 'w4a8' multiplies the 4-bit weights of a W4A16 checkpoint with activations
     rounded to 8 bits per token: faster, and less accurate. Raises InputError for a checkpoint, device or backend that cannot be used.
     """

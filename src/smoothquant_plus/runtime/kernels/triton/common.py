@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from smoothquant_plus.runtime.kernels.triton.configurations import TILES
 
@@ -22,6 +23,10 @@ def counters(device: torch.device) -> Tensor:
     Each layer has its own, so that different layers may run at once, on streams of their own. One layer may not.
     """
     return torch.zeros(TILES, dtype=torch.int32, device=device)
+
+
+# What is raised for tiles that are too large for a GPU.
+DOES_NOT_FIT = (OutOfResources, PTXASError)
 
 
 @triton.jit

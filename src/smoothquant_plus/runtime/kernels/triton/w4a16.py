@@ -96,7 +96,7 @@ def unpack(words, dtype: tl.constexpr, OFFSET: tl.constexpr):
     return runs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks"])  # one compilation for any number of tokens
 def product_kernel(
     x_ptr,
     packed_ptr,
@@ -176,7 +176,7 @@ def product_kernel(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["from_channel", "to_channel"])
 def dequantize_kernel(packed_ptr, steps_ptr, weight_ptr, from_channel, to_channel, N, K, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
     """Channels from_channel..to_channel of the weight that `pack` made: weight (channels, K) in any float dtype. Grid: (tiles, blocks)."""
     dtype: tl.constexpr = tl.float32 if INTERPRETED else weight_ptr.dtype.element_ty

@@ -67,7 +67,7 @@ def quantize_kernel(x_ptr, given_ptr, values_ptr, scale_ptr, K, filled, x_stride
         tl.store(values_ptr + row * filled + k, round_to_int8(x, scale), mask=k < filled)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for any number of tokens
 def product_kernel(
     x_ptr,
     x_scale_ptr,
