@@ -287,7 +287,7 @@ def cell(row: Row | None) -> str:
     if row is None:
         return "-"
     text = f"{microseconds(row.microseconds)} ({row.ratio_to_bf16:.2f}x)"
-    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit" if row.backend in BACKENDS else text
+    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit"
 
 
 def remarks(found: LinearBenchmark) -> Iterator[str]:
