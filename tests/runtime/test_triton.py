@@ -27,6 +27,9 @@ from smoothquant_plus.runtime.kernels.triton.configurations import ANYWHERE, SHI
 from smoothquant_plus.runtime.kernels.triton.shipped import shipped
 from smoothquant_plus.runtime.linear import QuantLinear
 
+# numpy, in the interpreter, remarks on what is not finite.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 OPS = torch.ops.smoothquant_plus
@@ -127,12 +130,13 @@ def test_w8a8_is_the_reference(scheme: Scheme) -> None:
         assert not ours.prepared[-1].any()
 
 
-def test_w8a8_by_pytorchs_product() -> None:
+@pytest.mark.parametrize("m", [3, 33])
+def test_w8a8_by_pytorchs_product(m: int) -> None:
     layer = int8_layer(INT8[0], 64, 256)
     weight, weight_scale, arrived = layer.prepared
-    x = random(33, 256, dtype=torch.float16)
+    x = random(m, 256, dtype=torch.float16)
     values, scale = w8a8.quantize(x, per_token=True)
-    y = x.new_empty(33, 64)
+    y = x.new_empty(m, 64)
     w8a8.multiply(values, scale, weight, weight_scale, arrived, layer.bias, y, Configuration("matmul"))
     assert torch.equal(y, layer(x))
 
@@ -277,11 +281,8 @@ def test_what_they_support() -> None:
 @pytest.mark.parametrize("without", [True, False])
 def test_machines_without_triton_or_a_gpu(without: bool) -> None:
     script = (
-        "import sys, importlib.util, torch\n"
-        f"if {without}:\n"
-        "    find = importlib.util.find_spec\n"
-        "    importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
-        "    sys.modules['triton'] = None\n"
+        "import sys, torch\n"
+        f"if {without}: sys.modules['triton'] = None\n"
         "from smoothquant_plus.method.scheme import find_scheme\n"
         "from smoothquant_plus.runtime.kernels import select, triton\n"
         "print(triton.supports(find_scheme('w4a16'), torch.device('cpu'), (8, 128)))\n"
@@ -290,10 +291,10 @@ def test_machines_without_triton_or_a_gpu(without: bool) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    reason = "Triton is not installed: pip install triton" if without else "they run on NVIDIA GPUs, not on 'cpu'"
-    assert done.stdout.splitlines()[0] == reason, done.stderr
+    reason = "Triton cannot be imported (" if without else "they run on NVIDIA GPUs, not on 'cpu'"
+    assert done.stdout.startswith(reason), done.stderr
     assert done.stdout.split()[-1] in ("cpu", "torch")
-    assert f"InputError: backend 'triton' cannot run a 8x128 layer in w4a16 on cpu: triton: {reason}." in done.stderr
+    assert f"InputError: backend 'triton' cannot run a 8x128 layer in w4a16 on cpu: triton: {reason}" in done.stderr
 
 
 def test_tables_end_with_any_number_of_tokens_in_increasing_order() -> None:
@@ -361,7 +362,7 @@ def test_tune_writes_what_is_fastest_and_layers_use_it(tmp_path: Path, monkeypat
         return None if how.channels == 64 and how != slow else lambda: 1.0 if how == fast else 2.0
 
     monkeypatch.setattr(tune, "sampler_of", sampler_of)
-    monkeypatch.setattr(tune, "candidates", lambda op, m: [fast, slow, Configuration("scale_after", rows=8)])
+    monkeypatch.setattr(tune, "candidates", lambda op, n, m: [fast, slow, Configuration("scale_after", rows=8)])
     monkeypatch.setattr(tune, "choose", lambda *shape: slow)
     try:
         found = tune.tune(["40x256"], "2,4", "w4a16", "cpu")
@@ -376,7 +377,7 @@ def test_tune_writes_what_is_fastest_and_layers_use_it(tmp_path: Path, monkeypat
 
 def test_what_tune_tries() -> None:
     for op, m in itertools.product(("w4a16", "w8a8"), (1, 8, 17, 64, 256, 4096)):
-        tried = tune.candidates(op, m)
+        tried = tune.candidates(op, 64, m)
         assert len(set(tried)) == len(tried) and 5 < len(tried) < 100
         assert all(how.rows >= min(m, 128) / 2 or how.kernel == "matmul" for how in tried)
         assert any(how.kernel == "matmul" for how in tried) == (m >= 32)

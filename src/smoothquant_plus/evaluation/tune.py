@@ -111,7 +111,7 @@ def fastest(op: Op, n: int, k: int, m: int, copies: Sequence[tuple[Tensor, ...]]
     x = torch.randn(m, k, device=device).bfloat16()
     before = choose(op, n, k, m, device)
     expected = product_of(op, x, copies[0], before)()
-    tiles = [replace(each, split=parts(each, n, k, m, multiprocessors)) for each in candidates(op, m)]
+    tiles = [replace(each, split=parts(each, n, k, m, multiprocessors)) for each in candidates(op, n, m)]
     first: dict[Configuration, float] = {}
     for how in tiles:
         sample = sampler_of(op, x, copies, how, expected)
@@ -132,10 +132,12 @@ def fastest(op: Op, n: int, k: int, m: int, copies: Sequence[tuple[Tensor, ...]]
     return Choice(op, n, k, m, best, medians[best] * 1e6, medians[before] * 1e6)
 
 
-def candidates(op: Op, m: int) -> list[Configuration]:
-    """Tiles that may be good for `m` tokens; some may not fit a GPU."""
+def candidates(op: Op, n: int, m: int) -> list[Configuration]:
+    """What may be good for `m` tokens and `n` output channels; some may not fit a GPU."""
     rows = [each for each in (8, 16, 32, 64, 128) if each >= min(m, 128) / 2 and each < max(4 * m, 9)]
-    found: list[Configuration] = [] if m < 32 else [Configuration("matmul")]
+    found: list[Configuration] = []
+    if m >= 32 and (op == "w4a16" or n % 8 == 0):  # which is what torch._int_mm wants
+        found.append(Configuration("matmul"))
     if op == "w4a16":
         for tall, channels, warps, stages in itertools.product(rows, (32, 64, 128), (2, 4, 8), (3, 4, 5)):
             if channels // warps in (16, 32):  # at least one tile of a tensor core for each warp

@@ -7,7 +7,6 @@ Python, for tests; then they have to be asked for by name.
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ LARGEST_K = (2**31 - 1) // (128 * 127)
 @functools.cache
 def missing() -> str | None:
     """Import the kernels, once: None, or the reason why there are none."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    from smoothquant_plus.runtime.kernels.triton import w4a16, w8a8  # noqa: F401  registers the ops
-
+    try:
+        from smoothquant_plus.runtime.kernels.triton import w4a16, w8a8  # noqa: F401  registers the ops
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install triton"
     return None
 
 

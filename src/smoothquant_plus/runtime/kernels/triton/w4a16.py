@@ -31,6 +31,24 @@ PIECE = 1 << 24
 DEQUANTIZED = 32
 
 
+def assembly(exponent: str) -> tl.constexpr:
+    """Two words $4 as four pairs of nibbles $0..$3 under an exponent. 0xEA is (a & b) | c: one instruction for two weights, after a shift."""
+    return tl.constexpr(f"""{{
+        .reg .b32 second, third, fourth;
+        shr.u32 second, $4, 4;
+        shr.u32 third, $4, 8;
+        shr.u32 fourth, $4, 12;
+        lop3.b32 $0, $4, 0x000F000F, {exponent}, 0xEA;
+        lop3.b32 $1, second, 0x000F000F, {exponent}, 0xEA;
+        lop3.b32 $2, third, 0x000F000F, {exponent}, 0xEA;
+        lop3.b32 $3, fourth, 0x000F000F, {exponent}, 0xEA;
+    }}""")
+
+
+UNPACK_BFLOAT16: tl.constexpr = assembly("0x43004300")
+UNPACK_FLOAT16: tl.constexpr = assembly("0x64006400")
+
+
 def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """(packed int16 (blocks, N, 32), steps (groups, N, 2), `counters`). `steps` are the scale and the zero point, 0..15, side by side, as a
     kernel reads them, in the scale's dtype. K is filled up to whole blocks with groups of scale zero."""
@@ -60,38 +78,13 @@ def unpack(words, dtype: tl.constexpr, OFFSET: tl.constexpr):
         third = (words >> 8 & 15).to(tl.float32) + OFFSET
         fourth = (words >> 12 & 15).to(tl.float32) + OFFSET
         runs = (first, second, third, fourth)
-    # Two words at a time. 0xEA is (a & b) | c: masked, and put under the exponent, by one instruction.
     elif dtype == tl.bfloat16:
         runs = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 second, third, fourth;
-            shr.u32 second, $4, 4; shr.u32 third, $4, 8; shr.u32 fourth, $4, 12;
-            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $2, third, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $3, fourth, 0x000F000F, 0x43004300, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
+            UNPACK_BFLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     else:
         runs = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 second, third, fourth;
-            shr.u32 second, $4, 4; shr.u32 third, $4, 8; shr.u32 fourth, $4, 12;
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            lop3.b32 $1, second, 0x000F000F, 0x64006400, 0xEA;
-            lop3.b32 $2, third, 0x000F000F, 0x64006400, 0xEA;
-            lop3.b32 $3, fourth, 0x000F000F, 0x64006400, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
+            UNPACK_FLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
         )
     return runs
 
@@ -125,6 +118,7 @@ def product_kernel(
     dtype: tl.constexpr = tl.float32 if INTERPRETED else x_ptr.dtype.element_ty
     RUNS: tl.constexpr = GROUP // WORDS  # runs of 32 channels in a group
     GROUPS: tl.constexpr = BLOCK // GROUP  # groups in a block
+    ONCE: tl.constexpr = "evict_first" if SCALE_AFTER else ""  # all tokens are in one tile, so weights are not read again
 
     # Tiles of the same channels are neighbours: they share weights in the second-level cache.
     tiles_of_rows = tl.cdiv(M, ROWS)
@@ -144,7 +138,7 @@ def product_kernel(
     y = tl.zeros((CHANNELS, ROWS), tl.float32)
     # With num_stages said here, scales are fetched ahead too, not only what is multiplied.
     for _ in tl.range(first, last, num_stages=STAGES):
-        runs = unpack(tl.load(packed_at, eviction_policy="evict_first"), x_ptr.dtype.element_ty, OFFSET)
+        runs = unpack(tl.load(packed_at, eviction_policy=ONCE), x_ptr.dtype.element_ty, OFFSET)
         for group in tl.static_range(GROUPS):
             scale, zero = tl.split(tl.load(steps_at + group * N * 2))  # (CHANNELS,) each
             if SCALE_AFTER:

@@ -191,7 +191,8 @@ def multiply(
     if k != weight.shape[1]:
         raise ValueError(f"x has {k} input channels, and the weight {weight.shape[1]}, each filled up to a multiple of {DEPTH}")
     if how.kernel == "matmul":
-        total = torch._int_mm(x, weight.t())
+        # PyTorch's product wants more than 16 rows on CUDA.
+        total = torch._int_mm(torch.nn.functional.pad(x, (0, 0, 0, max(0, 32 - m))), weight.t())
         launch(scale_kernel, (m, triton.cdiv(n, SCALED)), total, x_scale, weight_scale, bias, y, n, CHANNELS=SCALED, warps=4, stages=1)
         return
     tiles = triton.cdiv(m, how.rows) * triton.cdiv(n, how.channels)
