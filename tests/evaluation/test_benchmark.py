@@ -246,6 +246,17 @@ def test_the_package_s_own_kernels_measure_the_limits_where_they_are_built(quick
     assert machine.describe(4, cpu)["instruction_set"] == "avx512vnni"
 
 
+def test_limits_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy counts what it reads and what it writes; the device and the clock are stand-ins."""
+    monkeypatch.setattr(machine, "READ_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(machine, "SIDE", {"cuda": 64})
+    monkeypatch.setattr(machine, "_best", lambda call, device: 1e-3 if call() is not None else 0.0)
+    limits = machine._measure_cuda(torch.device("cpu"))
+    assert limits.read_gb_per_s == pytest.approx(2 * 2**20 / 1e-3 / 1e9)
+    peak = pytest.approx(2 * 64**3 / 1e-3 / 1e9)
+    assert (limits.int8_gop_per_s, limits.bfloat16_gflop_per_s, limits.float32_gflop_per_s) == (peak, peak, peak)
+
+
 def test_models_as_a_user_runs_it(tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, out, file = tiny("llama"), tmp_path / "out", tmp_path / "model.json"
     quantize(model, out, smooth="none")

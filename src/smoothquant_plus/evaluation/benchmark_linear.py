@@ -18,7 +18,7 @@ from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
 from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
 from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
 from smoothquant_plus.evaluation.peers import CPU_PEERS, Product, Weights
-from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, sampler, threads, turns
+from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
 from smoothquant_plus.models.blocks import check_device
@@ -124,7 +124,7 @@ def bench_linear(
     candidates, left_out = find_candidates(schemes, place)
     limits: list[Limits] = []
     timed: list[tuple[Candidate, tuple[int, int, int], float, float, int]] = []  # candidate, (m, n, k), seconds, bf16's, weight bytes
-    with threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
+    with on(place), threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
         for n, k in sizes:
             limits.append(measure_limits(place, count))
             weights = random_weights(n, k, schemes, place)
@@ -287,7 +287,7 @@ def cell(row: Row | None) -> str:
     if row is None:
         return "-"
     text = f"{microseconds(row.microseconds)} ({row.ratio_to_bf16:.2f}x)"
-    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit" if row.backend in BACKENDS else text
+    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit"
 
 
 def remarks(found: LinearBenchmark) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -105,6 +105,11 @@ def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callab
         return seconds_of(graph.replay, device) / len(everyone)
 
     return sample
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """While it lasts, CUDA's streams, events and graphs are those of `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def microseconds(number: float) -> str:

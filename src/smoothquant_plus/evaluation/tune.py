@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.benchmark_linear import SHAPES, random_weights, read_shape, read_tokens
-from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, sampler, turns
+from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, turns
 from smoothquant_plus.files import write_json
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
 from smoothquant_plus.models.blocks import check_device
@@ -83,7 +83,7 @@ def tune(shapes: Sequence[str] | None = None, tokens: str = TOKENS, scheme: str 
     name, path = device_of(place)[0], tuned_file()
     known = read_tuned(path)
     choices: list[Choice] = []
-    with torch.inference_mode(), steps("tune", len(schemes) * len(sizes) * len(batches)) as progress:
+    with on(place), torch.inference_mode(), steps("tune", len(schemes) * len(sizes) * len(batches)) as progress:
         for one, (n, k) in itertools.product(schemes, sizes):
             op: Op = "w4a16" if one.weights.bits == 4 else "w8a8"
             prepared = triton.prepare(random_weights(n, k, [one], place).quantized[one.name])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smoothquant_plus.runtime.kernels.triton.common import launch
 from smoothquant_plus.runtime.kernels.triton.configurations import choose
-from smoothquant_plus.runtime.kernels.triton.w8a8 import DEPTH, ROUND, multiply
+from smoothquant_plus.runtime.kernels.triton.w8a8 import DEPTH, multiply, round_to_int8, scale_of_token
 
 # A row is held by one program, in its registers: at most so many channels without spills (tests/runtime/test_triton_compile.py).
 LARGEST_NORM, LARGEST_PRODUCT = 16384, 32768
@@ -24,12 +24,8 @@ LARGEST_NORM, LARGEST_PRODUCT = 16384, 32768
 @triton.jit
 def quantize_row(y):
     """`quantize_input` per token for a row y, float32 (BLOCK,) with zeros beyond its end: int8 (BLOCK,) and the float32 scale."""
-    # As integers, the bits of |y| are in the order of the numbers, and NaN comes last: a maximum that keeps it.
-    maximum = tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(maximum, 127.0)
-    scale = tl.where(scale == 0.0, 1.0, scale)
-    ratio = tl.minimum(tl.maximum(tl.div_rn(y, scale), -128.0), 127.0)
-    return ((ratio + ROUND) - ROUND).to(tl.int8), scale
+    scale = scale_of_token(tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0))
+    return round_to_int8(y, scale), scale
 
 
 @triton.jit

@@ -32,29 +32,39 @@ def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
+def scale_of_token(largest):
+    """The scale, float32, of a token whose |x| has `largest` as its largest bits. As integers, the bits of |x| are in the order of the numbers, and
+    NaN comes last: a maximum that keeps it."""
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def round_to_int8(x, scale):
+    """x / scale, float32, as `quantize_input` rounds it."""
+    x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -128.0), 127.0)
+    return ((x + ROUND) - ROUND).to(tl.int8)
+
+
+@triton.jit
 def quantize_kernel(x_ptr, given_ptr, values_ptr, scale_ptr, K, filled, x_stride, LENGTH: tl.constexpr):
     """`quantize_input` of one token a program: values int8 (M, filled), the last ones zero, and scale float32 (M,). `given_ptr` is a scale
     float32 (1,), or None for one from the token itself. A NaN makes its token's scale NaN, so that it stays visible."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
-    # As integers, the bits of |x| are in the order of the numbers, and NaN comes last: a maximum that keeps it.
     largest = tl.zeros((LENGTH,), tl.int32)
     for start in range(0, K, LENGTH):
         k = start + tl.arange(0, LENGTH)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
-    maximum = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-    if given_ptr is None:
-        scale = tl.div_rn(maximum, 127.0)
-        scale = tl.where(scale == 0.0, 1.0, scale)
-    else:
-        scale = tl.load(given_ptr)
+    largest = tl.max(largest, axis=0)
+    scale = scale_of_token(largest) if given_ptr is None else tl.load(given_ptr)
+    maximum = largest.to(tl.float32, bitcast=True)
     tl.store(scale_ptr + row, tl.where(maximum == maximum, scale, maximum))
     for start in range(0, filled, LENGTH):
         k = start + tl.arange(0, LENGTH)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -128.0), 127.0)
-        tl.store(values_ptr + row * filled + k, ((x + ROUND) - ROUND).to(tl.int8), mask=k < filled)
+        tl.store(values_ptr + row * filled + k, round_to_int8(x, scale), mask=k < filled)
 
 
 @triton.jit(do_not_specialize=["M"])  # one compilation for any number of tokens
