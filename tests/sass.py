@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # One instruction of cuobjdump's listing: its address, a predicate perhaps, its name with modifiers, and its operands.
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
-MATRIX = ("HMMA", "HGMMA", "IMMA", "IGMMA")
+MATRIX = ("HMMA", "HGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCIMMA")
 
 
 @dataclass(frozen=True)
