@@ -696,7 +696,9 @@ CASES = [
         lambda b: ["verify", b.quantized(), "--against", b.here / "nowhere"],
         ("no such model directory", "/nowhere"),
     ),
+    Case("verify in no vLLM", lambda b: ["verify", b.quantized(), "--vllm"], ("vLLM is not installed", "smoothquant-plus[vllm]")),
     # Evaluating and generating.
+    Case("a server without vLLM", lambda b: ["bench", "serve", b.model(), "--max-model-len", "64"], ("vLLM is not installed",)),
     Case("evaluate on nothing", lambda b: ["eval", b.model()], ("--text FILE",)),
     Case("evaluate on a missing file", lambda b: b.evaluate(b.model(), text="nowhere.txt"), ("no such text file: nowhere.txt",)),
     Case(
