@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from smoothquant_plus.runtime.serve import KV_CACHE, SERVER, server_command
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "find_spec", lambda name: object())
+    monkeypatch.setattr(serve, "find_spec", lambda name: ModuleSpec(name, None, origin="somewhere"))
     monkeypatch.delenv(KV_CACHE, raising=False)
 
 

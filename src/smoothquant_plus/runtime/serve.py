@@ -66,7 +66,8 @@ def stored_scheme(directory: Path) -> Scheme | None:
 
 def check_vllm() -> None:
     """Raises InputError when vLLM is not installed."""
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a directory that happens to be called so has no origin
         raise InputError(
             "vLLM is not installed here: `pip install smoothquant-plus[vllm]` on a machine with CUDA; for CPUs see docs/serving.md."
         )
