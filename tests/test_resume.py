@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,17 @@ from smoothquant_plus.search import Search
 from smoothquant_plus.verification import verify
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "pytest",
-        "typer.testing",
-        "numpy.ctypeslib",
-        "compressed_tensors.quantization",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.models.encoder_decoder",
-        "transformers.models.mistral.modeling_mistral",
-        "smoothquant_plus.cli",
-        "smoothquant_plus.pipeline",
-    ]
-)
+PRELOADED = [
+    "pytest",
+    "typer.testing",
+    "numpy.ctypeslib",
+    "compressed_tensors.quantization",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.encoder_decoder",
+    "transformers.models.mistral.modeling_mistral",
+    "smoothquant_plus.cli",
+    "smoothquant_plus.pipeline",
+]
 
 # No run takes long; this only ends one that hangs, on however slow a machine.
 PATIENCE = 600
@@ -115,6 +114,13 @@ class Ended:
     @property
     def measured(self) -> list[int]:
         return [int(line.split()[1]) for line in self.log.splitlines() if line.startswith("measured ")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded() -> None:
+    """Children have imported everything when they are forked. A server that runs already was started by other tests, with less."""
+    forkserver._forkserver._stop()
+    PROCESSES.set_forkserver_preload(PRELOADED)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def main() -> None:
             for engine, found in rates.items():
                 found[measured].append(ask(processes[engine], measured) or 0.0)
     for process in processes.values():
-        process.kill()
+        process.communicate()  # the end of its input ends it, and the processes that it started
     machine = describe(options.threads, torch.device("cpu"))
     print(f"Llama, hidden {options.hidden}, {options.layers} layers; {', '.join(f'{key} {value}' for key, value in machine.items())}\n")
     print(f"| tokens/s (ratio to bfloat16) | {' | '.join(MEASURED)} |\n|---|{'---|' * len(MEASURED)}")
