@@ -153,7 +153,7 @@ def test_the_tensors_are_those_of_the_checkpoint(
 ) -> None:
     """Under the dtype that vLLM makes the default one while it loads."""
     model = tiny(family, torch.bfloat16)
-    quantize(model, tmp_path / "out", activations="static", smooth="all", alpha=0.7, calibration=calibration)
+    quantize(model, tmp_path / "out", activations="static", smooth="all", alpha=0.7, calibration=calibration, target="here")
     directory = beside(model, tmp_path / "out", tmp_path / "model", STATISTICS, source)
     options = {} if source == SMOOTHING else {"smooth": "all", "alpha": 0.7}
     torch.set_default_dtype(torch.bfloat16)
@@ -184,7 +184,7 @@ def test_options_that_cannot_be_had(options: dict[str, Any], message: str, tiny:
 
 
 def test_factors_of_another_model(out: Out, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    directory = beside(tiny("wide-qwen2"), out("llama", "token"), tmp_path / "model", SMOOTHING)
+    directory = beside(tiny("wide-llama"), out("llama", "token"), tmp_path / "model", SMOOTHING)
     factors = load_file(directory / SMOOTHING)
     save_file({**factors, "model.layers.9.input_layernorm": torch.ones(128)}, directory / SMOOTHING)
     with pytest.raises(InputError, match=r"'model.layers.9.input_layernorm' in .* is not of a norm or linear"):
