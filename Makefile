@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/sqplus demo
 test: dev
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
-# Inside a real vLLM on this machine's CPU, which has an environment of its own: about ten minutes.
+# Inside a real vLLM on this machine's CPU, which has an environment of its own: about twenty minutes.
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest --numprocesses auto --dist worksteal tests/vllm
 # On a machine with an NVIDIA GPU, with its own Python and what is installed there.

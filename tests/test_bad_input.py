@@ -684,6 +684,11 @@ CASES = [
         ("--smooth none", "norms or all"),
     ),
     Case(
+        "maxima of a scheme",
+        lambda b: ["calibrate", b.model(), b.here / "OUT.safetensors", "--text", b.text, "--scheme", "w8a8"],
+        ("do not depend on a scheme", "give --alpha"),
+    ),
+    Case(
         "factors of another alpha",
         lambda b: ["calibrate", b.model(), b.here / "OUT.safetensors", "--text", b.text, "--alpha", "modle", "--scheme", "w8a8"],
         ("--alpha modle", "Did you mean 'model'"),

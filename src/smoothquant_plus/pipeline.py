@@ -470,6 +470,10 @@ def calibrate(
     if calibration.statistics:
         raise InputError("calibrate measures statistics: give it text.")
     chosen = find_scheme(scheme, activations, weights, group_size, symmetric)
+    if alpha is None and (chosen != find_scheme("w4a16") or smooth != "norms"):
+        raise InputError(
+            "maxima do not depend on a scheme or on what is smoothed: give --alpha for smoothing factors, or leave those options out."
+        )
     decoder = open_decoder(model, calibration, Path(pairs) if pairs else None)
     notes: list[str] = []
     active: Sequence[Pair] = ()
