@@ -18,7 +18,7 @@ INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
 
 # How many numbers of a weight are worked on at a time. Weights are large: whole temporary copies would decide the peak of memory.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def pack_int4(values: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """`pack_int4` undone: int8 (..., K)."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).view(torch.int8) + INT4_MIN
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).view(torch.int8).add_(INT4_MIN)
 
 
 def pieces(weight: Tensor) -> Iterator[slice]:

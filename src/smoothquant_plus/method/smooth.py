@@ -10,7 +10,6 @@ and (X / s) (s * W) = X W. `max|W_j|` runs over all the linears that the source 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,23 +62,14 @@ def share_within_groups(s: Tensor, groups: int, head_dim: int) -> tuple[Tensor, 
     return shared.reshape(-1), shared[:, None].expand_as(by_head).reshape(-1)
 
 
-@dataclass(frozen=True)
-class FoldedSource:
-    """What is left of a source after division: its new weight and bias (float32) and the factors that were really applied."""
-
-    weight: Tensor
-    bias: Tensor | None
-    s: Tensor
-
-
-def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype, offset: float = 0.0) -> FoldedSource:
-    """Divide a norm's gain and bias (K,) by `s`, rounded to the checkpoint's `dtype`. `offset` is 1 for norms that multiply by (1 + w).
+def fold_norm(weight: Tensor, s: Tensor, dtype: torch.dtype, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Divide a norm's gain (K,) by `s`, rounded to the checkpoint's `dtype`: the new gain, and the factors that were really applied, both
+    float32. `offset` is 1 for norms that multiply by (1 + w).
 
     The gain is stored in 16 bits, so gain / s is rounded; instead of accepting that as an error of the function, the factor is moved to
-    what the rounded gain says, s := gain / rounded, and the linears are multiplied by that: the pair stays exact.
+    what the rounded gain says, s := gain / rounded, and the bias and the linears are rescaled by that: the pair stays exact.
     With an `offset` a gain next to zero cannot be stored: it becomes the smallest that can, and its factor fits that.
-    Raises OverflowError when a value overflows `dtype`, or a gain that was not zero becomes zero in it. (A bias that small is rounded like
-    any other: what is lost is less than the dtype's smallest number.)
+    Raises OverflowError when a value overflows `dtype`, or a gain that was not zero becomes zero in it.
     """
     gain = at_least_float32(weight) + offset
     rounded = to_storage(gain / s - offset, dtype, "the norm's gain")
@@ -90,17 +80,20 @@ def fold_norm(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype
     lost = (applied == 0) & (gain != 0)
     if bool(lost.any()):
         raise OverflowError(f"the norm's gain underflows to zero in {name_of(dtype)} (channel {int(lost.nonzero()[0])})")
-    s = torch.where(gain != 0, gain / applied, s)
-    return FoldedSource(rounded, None if bias is None else to_storage(at_least_float32(bias) / s, dtype, "the norm's bias"), s)
+    return rounded, torch.where(gain != 0, gain / applied, s)
 
 
-def fold_linear_source(weight: Tensor, bias: Tensor | None, s: Tensor, dtype: torch.dtype) -> FoldedSource:
-    """Divide a linear's output channels by `s`: the rows of its float32 weight (N, K), in place, and its bias (N,).
+def fold_bias(bias: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Divide a source's bias (K,) by `s` (K,), rounded to the checkpoint's `dtype`, in which it is stored: float32.
 
-    The weight stays float32 (it is quantized next); the bias is rounded to the checkpoint's `dtype`, in which it is stored.
+    What rounding takes from a small one is less than the dtype's smallest number. Raises OverflowError when a value overflows `dtype`.
     """
-    bias = None if bias is None else to_storage(at_least_float32(bias) / s, dtype, "the bias")
-    return FoldedSource(weight.div_(s[:, None]), bias, s)
+    return to_storage(at_least_float32(bias) / s, dtype, "the bias")
+
+
+def fold_source_rows(weight: Tensor, s: Tensor) -> Tensor:
+    """Divide a linear's output channels, the rows of its float32 `weight` (N, K), by `s` (N,), in place: it is quantized next and never stored."""
+    return weight.div_(s[:, None])
 
 
 def fold_sink(weight: Tensor, s: Tensor) -> Tensor:

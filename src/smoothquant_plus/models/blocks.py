@@ -246,24 +246,28 @@ class Decoder:
         return groups
 
     @contextmanager
-    def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
-        """Block `index` with its weights in memory, in `dtype` (default: the compute dtype); released on leaving."""
+    def block(self, index: int, dtype: torch.dtype | None = None, linears: bool = True) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory, in `dtype` (default: the compute dtype), those of the linears that are quantized only
+        where `linears` says so; released on leaving."""
         block = self.blocks[index]
         try:
-            self.materialize(index, dtype or self.dtype)
+            self.materialize(index, dtype or self.dtype, linears)
             yield block
         finally:
             for name in block.state_dict():
                 assign(block, name, torch.empty_like(_get(block, name), device="meta"))
 
-    def materialize(self, index: int, dtype: torch.dtype) -> None:
+    def materialize(self, index: int, dtype: torch.dtype, linears: bool = True) -> None:
         """Read the weights of block `index`, anew if they were read before, as `dtype`."""
         # Buffers, such as a router's correction of its scores, stay in the dtype that they are stored in.
         buffers = dict(self.blocks[index].named_buffers())
+        left_out = set() if linears else {f"{name}.weight" for name in self.linears(index)}
         for name in self.blocks[index].state_dict():
-            assign(self.blocks[index], name, self._read(f"{self.path(index)}.{name}", None if name in buffers else dtype))
+            if name not in left_out:
+                assign(self.blocks[index], name, self.read(f"{self.path(index)}.{name}", None if name in buffers else dtype))
 
-    def _read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The model's tensor `name`, as the model has it and in `dtype` (None: the stored one)."""
         tensor = self.checkpoint.read(self.disk_name(name))
         if is_transposed(self.family, name, tensor):
             tensor = tensor.t().contiguous()
@@ -297,7 +301,7 @@ class Decoder:
             # Embedding tables stay in their stored dtype: rows are converted when they are looked up.
             dtype = None if isinstance(module, nn.Embedding) else self.dtype
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                assign(module, name, self._read(f"{path}.{name}", dtype))
+                assign(module, name, self.read(f"{path}.{name}", dtype))
 
         for path, module in outside.items():
             hooks.append(module.register_forward_pre_hook(lambda m, _args, path=path: load(m, path)))

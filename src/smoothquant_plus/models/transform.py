@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,10 @@ from smoothquant_plus.method.integers import QuantizedWeight, dequantized_pieces
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.smooth import (
     factors,
-    fold_linear_source,
+    fold_bias,
     fold_norm,
     fold_sink,
+    fold_source_rows,
     nearest_power_of_two,
     share_within_groups,
     to_storage,
@@ -34,6 +36,10 @@ from smoothquant_plus.models.rows import kv_heads, source_rows
 EQUIVALENCE_TOLERANCE = 1e-3
 
 
+# What smoothing still has to do, in this order, to the weight of each linear that a block was opened without (`Decoder.block`): by path inside it.
+Pending = dict[str, list[Callable[[Tensor], Tensor]]]
+
+
 @dataclass(frozen=True)
 class SmoothedPair:
     """What smoothing did to one pair of a block: `s` float32, per input channel of the sinks; `rounded` are the tensors that could not be
@@ -47,11 +53,18 @@ class SmoothedPair:
 
 
 def smooth_block(
-    decoder: Decoder, index: int, block: nn.Module, pairs: Sequence[Pair], maxima: dict[str, Tensor], alpha: float
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    pairs: Sequence[Pair],
+    maxima: dict[str, Tensor],
+    alpha: float,
+    pending: Pending | None = None,
 ) -> list[SmoothedPair]:
     """Fold smoothing factors into the float32 weights of `block`, in place, one pair after the other.
 
-    `maxima` are the per-channel input maxima of the block's linears; the sinks' are divided by s in place, as their inputs now are.
+    `maxima` are the per-channel input maxima of the block's linears; the sinks' are divided by s in place, as their inputs now are. Of a
+    block without its linears' weights those are read one at a time, and what is to be done to them is added to `pending`.
     Raises InputError when a folded value cannot be stored in the checkpoint's dtype, naming the tensor.
     """
     smoothed = []
@@ -64,13 +77,14 @@ def smooth_block(
         sinks: dict[str, Any] = {name: block.get_submodule(name) for name in pair.sinks}
         names = [name for name in sinks if name in quantized]
         activation = torch.stack([maxima[name] for name in names]).amax(dim=0)  # experts see some of the tokens each
-        weights = weight_maxima([sinks[name].weight for name in names]).to(activation.device)
+        each = [weight_maxima([_weight_of(decoder, index, block, name, pending)]) for name in names]
+        weights = torch.stack(each).amax(dim=0).to(activation.device)
         s = factors(activation, weights, alpha)
         if len(names) < len(sinks):
             # A router stays in 16 bits: what it is multiplied by must not round it, or tokens would go to other experts.
             s = nearest_power_of_two(s)
         try:
-            s, rounded = _fold_pair(decoder, index, block, pair, s, maxima)
+            s, rounded = _fold_pair(decoder, index, block, pair, s, maxima, pending)
         except OverflowError as error:
             raise InputError(
                 f"{path}: {error}. Its smoothed values do not fit the checkpoint's dtype: convert the checkpoint to bfloat16 or float32, or "
@@ -81,9 +95,11 @@ def smooth_block(
     return smoothed
 
 
-def fold_block(decoder: Decoder, index: int, block: nn.Module, found: Mapping[str, Tensor], maxima: dict[str, Tensor]) -> set[str]:
+def fold_block(
+    decoder: Decoder, index: int, block: nn.Module, found: Mapping[str, Tensor], maxima: dict[str, Tensor], pending: Pending | None = None
+) -> set[str]:
     """Fold the factors that `smooth_block` found for this model before, {path of the source: s float32}, into the float32 weights of
-    `block`, in place; returns the paths that are of this block. `maxima`, which may be empty, are divided by them.
+    `block`, in place or as it does `pending`; returns the paths that are of this block. `maxima`, which may be empty, are divided by them.
 
     Raises InputError for factors of another shape, and for folded values that the checkpoint's dtype cannot hold.
     """
@@ -97,25 +113,45 @@ def fold_block(decoder: Decoder, index: int, block: nn.Module, found: Mapping[st
         if s.shape != (channels,) or not bool(((s > 0) & s.isfinite()).all()):
             raise InputError(f"the factors of {path} are not {channels} positive numbers: they are damaged, or of another model.")
         try:
-            _fold_pair(decoder, index, block, pair, s, maxima)
+            _fold_pair(decoder, index, block, pair, s, maxima, pending)
         except OverflowError as error:
             raise InputError(f"the factors of {path} do not fit this checkpoint: {error}.") from error
         folded.add(path)
     return folded
 
 
+def _weight_of(decoder: Decoder, index: int, block: nn.Module, name: str, pending: Pending | None) -> Tensor:
+    """The weight of a linear as smoothing has left it: in place, or read anew."""
+    if pending is None:
+        weight: Tensor = cast(Any, block.get_submodule(name)).weight
+        return weight
+    weight = decoder.read(f"{decoder.path(index)}.{name}.weight", torch.float32)
+    for change in pending.get(name, []):
+        weight = change(weight)
+    return weight
+
+
+def _change(linear: Any, name: str, pending: Pending | None, change: Callable[[Tensor], Tensor]) -> None:
+    """Do to a linear's weight what `change` does in place, now or later."""
+    if pending is None:
+        change(linear.weight)
+    else:
+        pending.setdefault(name, []).append(change)
+
+
 def _fold_pair(
-    decoder: Decoder, index: int, block: nn.Module, pair: Pair, s: Tensor, maxima: dict[str, Tensor]
+    decoder: Decoder, index: int, block: nn.Module, pair: Pair, s: Tensor, maxima: dict[str, Tensor], pending: Pending | None
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Divide the pair's source by `s` and multiply its sinks, in place, and divide the `maxima` of those; returns the factors that were
-    really applied, and the tensors that they rounded. Raises OverflowError when a folded value does not fit its stored dtype."""
+    """Divide the pair's source by `s` and multiply its sinks, in place or as it does `pending`, and divide the `maxima` of those; returns the
+    factors that were really applied, and the tensors that they rounded. Raises OverflowError when a folded value does not fit its stored
+    dtype."""
     source: Any = block.get_submodule(pair.source)
     quantized = decoder.linears(index)
-    s = _fold_source(decoder, f"{decoder.path(index)}.{pair.source}", source, pair, s.to(source.weight.device))
+    s = _fold_source(decoder, index, source, pair, s.to(decoder.device), pending)
     rounded = [f"{pair.source}.bias"] if getattr(source, "bias", None) is not None else []
     for name in pair.sinks:
         sink: Any = block.get_submodule(name)
-        fold_sink(sink.weight, s)
+        _change(sink, name, pending if name in quantized else None, partial(fold_sink, s=s))
         if name not in quantized:
             stored = decoder.stored_dtype(f"{decoder.path(index)}.{name}.weight")
             exact = sink.weight.clone()
@@ -127,8 +163,9 @@ def _fold_pair(
     return s, tuple(rounded)
 
 
-def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor) -> Tensor:
-    """Divide the source by `s` in place; returns the factors that the sinks must be multiplied by."""
+def _fold_source(decoder: Decoder, index: int, source: Any, pair: Pair, s: Tensor, pending: Pending | None) -> Tensor:
+    """Divide the source by `s`; returns the factors that the sinks must be multiplied by."""
+    stored = decoder.stored_dtype(f"{decoder.path(index)}.{pair.source}.weight")
     bias = getattr(source, "bias", None)
     if isinstance(source, nn.Linear):
         rows = source_rows(pair.rows, decoder.config, len(source.weight), len(s)).to(s.device)
@@ -139,13 +176,13 @@ def _fold_source(decoder: Decoder, path: str, source: Any, pair: Pair, s: Tensor
         divisors = torch.ones(len(source.weight), dtype=s.dtype, device=s.device)
         divisors[rows] = of_rows
         # The weight is quantized next and never stored; only its bias is, in the checkpoint's dtype.
-        folded = fold_linear_source(source.weight, bias, divisors, decoder.stored_dtype(f"{path}.weight"))
+        _change(source, pair.source, pending, partial(fold_source_rows, s=divisors))
     else:
-        folded = fold_norm(source.weight, bias, s, decoder.stored_dtype(f"{path}.weight"), decoder.family.norm_offset)
-        s = folded.s
-    source.weight.copy_(folded.weight)
-    if bias is not None and folded.bias is not None:
-        bias.copy_(folded.bias)
+        gain, s = fold_norm(source.weight, s, stored, decoder.family.norm_offset)
+        source.weight.copy_(gain)
+        divisors = s
+    if bias is not None:
+        bias.copy_(fold_bias(bias, divisors, stored))
     return s
 
 
@@ -156,27 +193,40 @@ class QuantizedLinear:
 
     weight: QuantizedWeight
     input_scale: Tensor | None
-    error: float = math.nan
-    digest: str = ""
+    error: float
+    digest: str
 
 
-def quantize_block(
-    decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor], recorded: bool = True
-) -> dict[str, QuantizedLinear]:
+def quantize_block(decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
     """Every linear of a (smoothed) block as integers, by path inside the block; the block's own float weights are released on the way.
 
-    `maxima` is read for static activations only. What is not `recorded` in a plan has neither an error nor a digest: they take most of the time.
+    `maxima` is read for static activations only.
     """
     quantized = {}
     for name, linear in linears(block, decoder.family).items():
         folded = linear.weight.cpu().float()
         weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
-        quantized[name] = QuantizedLinear(weight, input_scale)
-        if recorded:
-            wrong, whole = wrong_of(weight, folded)
-            quantized[name] = QuantizedLinear(weight, input_scale, wrong / max(whole, 1e-30), digest_of(weight))
+        wrong, whole = wrong_of(weight, folded)
+        quantized[name] = QuantizedLinear(weight, input_scale, wrong / max(whole, 1e-30), digest_of(weight))
         assign(linear, "weight", torch.empty_like(folded, device="meta"))
     return quantized
+
+
+def quantize_pending(
+    decoder: Decoder, index: int, block: nn.Module, scheme: Scheme, maxima: dict[str, Tensor], pending: Pending
+) -> Iterator[tuple[str, Tensor]]:
+    """What a block that was opened without its linears' weights is on disk, name by name; those are read, smoothed and quantized one at a time.
+
+    The tensors are the same as of `quantize_block`; what a plan says of them, which takes most of its time, is left out.
+    """
+    for name in decoder.linears(index):
+        folded = _weight_of(decoder, index, block, name, pending)
+        weight, input_scale = quantize_linear(decoder, f"{decoder.path(index)}.{name}", folded, scheme, maxima.get(name))
+        stored = tensors_of_linear(decoder, index, name, weight, input_scale)
+        del folded, weight  # memory belongs to the next one, not to what is left of this
+        yield from stored.items()
+        del stored
+    yield from other_tensors(decoder, index, block).items()
 
 
 def quantize_head(decoder: Decoder, scheme: Scheme) -> QuantizedLinear:
@@ -229,19 +279,30 @@ def digest_of(weight: QuantizedWeight) -> str:
 
 def block_tensors(decoder: Decoder, index: int, block: nn.Module, quantized: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """What a block is on disk: its linears as integers, every other tensor in the dtype and under the name that the source has."""
+    tensors = other_tensors(decoder, index, block)
+    for name, linear in quantized.items():
+        tensors |= tensors_of_linear(decoder, index, name, linear.weight, linear.input_scale)
+    return tensors
+
+
+def tensors_of_linear(decoder: Decoder, index: int, name: str, weight: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
+    disk = decoder.disk_name(f"{decoder.path(index)}.{name}.weight").removesuffix(".weight")
+    stored_as = linear_tensors(weight, input_scale, decoder.family.transposed)
+    if name in decoder.family.shapeless:
+        stored_as.pop(SHAPE, None)
+    return {f"{disk}.{suffix}": tensor for suffix, tensor in stored_as.items()}
+
+
+def other_tensors(decoder: Decoder, index: int, block: nn.Module) -> dict[str, Tensor]:
+    """What a block is on disk without its quantized linears' weights."""
     path = decoder.path(index)
+    quantized = decoder.linears(index)
     tensors: dict[str, Tensor] = {}
     for name, tensor in block.state_dict().items():
         if name.removesuffix(".weight") not in quantized:
             disk = decoder.disk_name(f"{path}.{name}")
             stored = tensor.t() if is_transposed(decoder.family, f"{path}.{name}", tensor) else tensor
             tensors[disk] = stored.to("cpu", decoder.checkpoint.tensors[disk].dtype)
-    for name, linear in quantized.items():
-        disk = decoder.disk_name(f"{path}.{name}.weight").removesuffix(".weight")
-        stored_as = linear_tensors(linear.weight, linear.input_scale, decoder.family.transposed)
-        if name in decoder.family.shapeless:
-            stored_as.pop(SHAPE, None)
-        tensors |= {f"{disk}.{suffix}": tensor for suffix, tensor in stored_as.items()}
     # What the model itself ignores, such as the rotary tables of old checkpoints, is carried along.
     ignored = [name for name in decoder.block_tensors(index) if name not in decoder.known_names]
     return tensors | {name: decoder.checkpoint.read(name, finite=False) for name in ignored}

@@ -56,7 +56,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, quantization_config, read_scheme, unpack, wrong_layout
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs, published_alpha
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
-from smoothquant_plus.models.transform import block_tensors, fold_block, quantize_block, smooth_block, unquantized
+from smoothquant_plus.models.transform import Pending, fold_block, quantize_pending, smooth_block, unquantized
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.kernels import BACKENDS, cpu
 from smoothquant_plus.runtime.linear import QuantLinear
@@ -382,7 +382,7 @@ class OnLoad(WithExperts):
 
 
 class Quantizer:
-    """The full-precision checkpoint in `directory` as `sqplus quantize` would write it, block by block, and with its numbers.
+    """The full-precision checkpoint in `directory` as `sqplus quantize` would write it, and with its numbers: one linear in memory at a time.
 
     Smoothing comes from files beside it: the factors of a run of `quantize` (smoothing.safetensors), or else the maxima that `calibrate`
     measured (statistics.safetensors), with an alpha. Without them weights are rounded to nearest; static activations need the maxima.
@@ -455,23 +455,24 @@ class Quantizer:
                 yield name, decoder.checkpoint.read(name, finite=name in decoder.known_names)
         unused = set(self.factors)
         for index in range(len(decoder)):
-            yield from self._block(index, unused).items()
+            yield from self._block(index, unused)
         for name in unused:
             raise InputError(
                 f"'{name}' in {decoder.checkpoint.directory / SMOOTHING} is not of a norm or linear that can be smoothed here."
             )
 
     @torch.no_grad()
-    def _block(self, index: int, unused: set[str]) -> dict[str, Tensor]:
+    def _block(self, index: int, unused: set[str]) -> Iterator[tuple[str, Tensor]]:
         decoder, path = self.decoder, self.decoder.path(index)
         maxima = {name: self.statistics[f"{path}.{name}"] for name in decoder.linears(index) if self.statistics}
-        with decoder.block(index) as block:
+        pending: Pending = {}
+        with decoder.block(index, linears=False) as block:
             if self.factors:
-                unused -= fold_block(decoder, index, block, self.factors, maxima)
+                unused -= fold_block(decoder, index, block, self.factors, maxima, pending)
             elif self.alpha is not None:
-                smooth_block(decoder, index, block, list(active_pairs(decoder.family, decoder.config, self.smooth)), maxima, self.alpha)
-            quantized = quantize_block(decoder, index, block, self.scheme, maxima, recorded=False)
-            return block_tensors(decoder, index, block, quantized)
+                pairs = list(active_pairs(decoder.family, decoder.config, self.smooth))
+                smooth_block(decoder, index, block, pairs, maxima, self.alpha, pending)
+            yield from quantize_pending(decoder, index, block, self.scheme, maxima, pending)
 
 
 class Loader(DefaultModelLoader):
