@@ -323,7 +323,13 @@ open_engine(Path(sys.argv[1]), quantization="sqplus", dtype="float16")
 def test_memory_while_loading(tmp_path: Path) -> None:
     """What is quantized so far, and no more than a block takes in the model's own float16."""
     layers = 4
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16}
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, **families.COMMON)).half()
     block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     model.save_pretrained(tmp_path / "model", max_shard_size="60MB")
