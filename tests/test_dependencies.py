@@ -1,4 +1,4 @@
-"""Imports point down: method < models < runtime < search < evaluation, verification, preparation < pipeline < demo < cli."""
+"""Imports point down: method < models < runtime < search < evaluation, verification, preparation < output, blockwise < pipeline < demo < cli."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LEVELS = [
     {"runtime", "workspace"},
     {"search"},
     {"evaluation", "inspection", "verification", "preparation"},
+    {"output", "blockwise"},
     {"pipeline"},
     {"demo"},
     {"cli"},

@@ -16,6 +16,7 @@ from smoothquant_plus import __version__
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
+from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import (
     Decoder,
     check_device,
@@ -130,14 +131,18 @@ def check_calibration(decoder: Decoder, calibration: Calibration, needed: bool) 
         check_positions(decoder.config, calibration.seq_len, f"--seq-len {calibration.seq_len}")
 
 
-def check_search(calibration: Calibration, search: Search, alpha: str) -> None:
-    """Raises InputError for a search without text, and for options that it cannot have."""
+def check_search(calibration: Calibration, search: Search, alpha: float | str | None) -> int:
+    """How many streams of hidden states the search for alpha keeps, 0 where it is not searched. Raises InputError for a search without text,
+    and for options that it cannot have."""
+    if not isinstance(alpha, str):
+        return 0
     if not calibration.text:
         raise InputError(f"--alpha {alpha} measures the loss on calibration text: give --text FILE, or a number as --alpha.")
     if search.samples < 1:
         raise InputError(f"--samples-search {search.samples}: at least 1 sample is needed.")
     if search.memory is not None and not 0 <= search.memory < math.inf:
         raise InputError(f"--search-memory {search.memory / 1e9:g}: give a number of GB that is not negative.")
+    return 1 if alpha == "block" else 1 + len(GRID)
 
 
 def check_groups(decoder: Decoder, scheme: Scheme) -> None:
