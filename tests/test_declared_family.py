@@ -105,6 +105,10 @@ def test_a_wrong_declaration_is_not_accepted(model: Path, declared: Path, text_f
         ({"pairs": []}, "has no pair"),
         ({"alpha": 5}, "alpha"),
         ({"norm_offset": float("nan")}, "norm_offset"),
+        (
+            {"unquantized": ["mlp.up_proj"], "pairs": [{"source": "mlp.up_proj", "sinks": ["mlp.down_proj"]}]},
+            "'mlp.up_proj' is the source of a pair, and left unquantized",
+        ),
         ({"unquantized": ["mlp.gate_projj"]}, "leaves 'mlp.gate_projj' unquantized"),
         ({"unquantized": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]}, "quantized"),
         ({"refuse": [{"when": {"hidden_size": 64}, "reason": "it is small"}]}, "it is small"),

@@ -41,6 +41,9 @@ def test_what_is_started(tiny: Callable[..., Path], tmp_path: Path) -> None:
 def test_what_is_refused(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="unknown scheme 'w4a8'"):
         server_command(tiny("llama"), "w4a8")
+    for option in ("--hf-overrides", "--hf_overrides={}", "--hf-overrides.max_position_embeddings"):
+        with pytest.raises(InputError, match=rf'{option}: it is also what --scheme gives vLLM.*"scheme": "w8a8"'):
+            server_command(tiny("llama"), "w8a8", [option, "1"])
     with pytest.raises(InputError, match=r"config\.json"):
         server_command(tmp_path)
     monkeypatch.setattr(serve, "find_spec", lambda name: None)

@@ -106,7 +106,11 @@ def test_w4a16_is_the_reference(scheme: Scheme) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("how", ["scale_after", "scale_before", "matmul"])
 @pytest.mark.parametrize("scheme", GROUPED[1::3], ids=name_of)
-def test_a_token_that_is_one_in_one_channel_reads_the_weight(scheme: Scheme, how: str, dtype: torch.dtype) -> None:
+def test_a_token_that_is_one_in_one_channel_reads_the_weight(
+    scheme: Scheme, how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(w4a16, "PIECE", 1)
+    monkeypatch.setattr(w4a16, "NARROWEST", 16)  # three pieces, of which the last has one channel
     weight = grouped_weight(scheme, 33, 128)
     x = torch.eye(128, device=DEVICE, dtype=dtype)[5:69]
     read = x.new_empty(64, 33)
@@ -314,6 +318,11 @@ def test_parts_share_the_work_evenly() -> None:
     assert parts(Configuration("scale_after", rows=16), 128256, 4096, 1, 132) == 1
     assert parts(Configuration("fused", rows=128, channels=256), 4096, 4096, 4096, 132) == 1  # enough tiles
     assert parts(Configuration("matmul"), 4096, 4096, 4096, 132) == 1
+    large = Configuration("fused", rows=128, channels=256)
+    for n, tokens in itertools.product((4096, 8192, 28672), (128, 256, 512)):
+        tiles = -(-tokens // 128) * -(-n // 256)
+        split = parts(large, n, 8192, tokens, 132)
+        assert split == 1 or tiles * split <= 132  # a second wave for some tiles would double the time
 
 
 def test_a_tuned_file_is_used_and_a_broken_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

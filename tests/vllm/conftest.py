@@ -31,13 +31,14 @@ def out(tiny: Callable[..., Path], calibration: Calibration, tmp_path_factory: p
 
 @pytest.fixture
 def theirs() -> Iterator[Callable[..., Answer]]:
-    """theirs(directory, **options of LLM): what vLLM answers."""
+    """theirs(directory, **options of LLM): what vLLM answers, after `then` has been done to it."""
     running: list[LLM] = []
 
-    def get(directory: Path, **options: Any) -> Answer:
+    def get(directory: Path, then: Callable[[LLM], Any] = lambda llm: None, **options: Any) -> Answer:
         stop(running)
         try:
             running.append(open_engine(directory, **options))
+            then(running[-1])
             return ask(running[-1])
         finally:
             stop(running)

@@ -194,6 +194,56 @@ def test_factors_of_another_model(out: Out, tiny: Callable[..., Path], tmp_path:
         list(plugin.Quantizer(directory, {}).tensors())
 
 
+@pytest.mark.parametrize(("family", "scheme"), [("llama", "token"), ("mixtral", "asymmetric")])
+def test_weights_are_reloaded(family: str, scheme: str, out: Out, theirs: Theirs, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Every layer's, experts' too, from another checkpoint into the engine that runs."""
+    shutil.copytree(tiny(f"wide-{family}"), tmp_path / "model")
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({name: tensor if tensor.ndim == 1 else -tensor for name, tensor in tensors.items()}, shard, {"format": "pt"})
+    quantize(tmp_path / "model", tmp_path / "out", smooth="none", **SCHEMES[scheme])
+    reloaded = theirs(
+        out(family, scheme), then=lambda llm: llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "out")})
+    )
+    expected = theirs(tmp_path / "out")
+    assert torch.equal(reloaded[0], expected[0]) and reloaded[1] == expected[1]
+
+
+def test_reloading_a_model_that_is_not_ours(theirs: Theirs, tiny: Callable[..., Path]) -> None:
+    found = theirs(tiny("wide-llama"), then=lambda llm: llm.collective_rpc("reload_weights"))
+    check(found, ours(tiny("wide-llama")), "asymmetric")
+
+
+def test_what_does_not_go_together(out: Out, theirs: Theirs, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is smoothed, and an adapter's layers"):
+        theirs(out("llama", "token"), enable_lora=True)
+    smoothed = beside(tiny("wide-llama"), out("llama", "token"), tmp_path / "model", SMOOTHING)
+    with pytest.raises(InputError, match="is smoothed, and an adapter's layers"):
+        theirs(smoothed, quantization="sqplus", enable_lora=True)
+    with pytest.raises(InputError, match="--load-format npcache does not quantize while loading"):
+        theirs(tiny("wide-llama"), quantization="sqplus", load_format="npcache")
+
+
+def test_zero_points_that_cannot_be_cut() -> None:
+    """vLLM would cut between the eight zero points of one number, and round down."""
+
+    class Layer:
+        prefix, output_partition_sizes, tp_size = "model.layers.0.mlp.gate_up_proj", [684, 684], 2
+
+    class Kernel:
+        class config:
+            zero_points = True
+
+    with pytest.raises(InputError, match=r"gate_up_proj: zero points of \[684, 684\] output channels"):
+        plugin.Int4Kernel.process_weights_after_loading(Kernel, Layer())
+
+
+def test_the_cache_of_compiled_models_knows_the_kernels(out: Out, theirs: Theirs) -> None:
+    known: list[Any] = []
+    theirs(out("llama", "token"), then=lambda llm: known.append(llm.llm_engine.vllm_config.additional_config))
+    assert known[0]["sqplus"].endswith(", None")
+
+
 def without(suffix: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda tensors: tensors.__delitem__(f"{LAYER}.{suffix}")
 

@@ -94,6 +94,12 @@ def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callab
     with torch.cuda.stream(side):  # as CUDA graphs want it: whatever sets itself up does so before, and on another stream
         for call in calls:
             call()
+        # A capture that fails leaves PyTorch's allocator unable to begin another one, so what waits for the device is found before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            calls[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -4,6 +4,7 @@ runtime/kernels/triton/configurations.py reads."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,10 +19,11 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.benchmark_linear import SHAPES, random_weights, read_shape, read_tokens
 from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, turns
 from smoothquant_plus.files import write_json
-from smoothquant_plus.method.scheme import SCHEMES, find_scheme
+from smoothquant_plus.method.integers import QuantizedWeight
+from smoothquant_plus.method.scheme import SCHEMES, Scheme, find_scheme
 from smoothquant_plus.models.blocks import check_device
 from smoothquant_plus.progress import steps
-from smoothquant_plus.runtime.kernels import triton
+from smoothquant_plus.runtime.kernels import reference, triton
 from smoothquant_plus.runtime.kernels.triton.configurations import (
     MANY,
     Configuration,
@@ -86,11 +88,12 @@ def tune(shapes: Sequence[str] | None = None, tokens: str = TOKENS, scheme: str 
     with on(place), torch.inference_mode(), steps("tune", len(schemes) * len(sizes) * len(batches)) as progress:
         for one, (n, k) in itertools.product(schemes, sizes):
             op: Op = "w4a16" if one.weights.bits == 4 else "w8a8"
-            prepared = triton.prepare(random_weights(n, k, [one], place).quantized[one.name])
+            weight = random_weights(n, k, [one], place).quantized[one.name]
+            prepared = triton.prepare(weight)
             copies = [tuple(each.clone() for each in prepared) for _ in range(copies_for(prepared[0].nbytes, place))]
             rows: list[tuple[int, Configuration]] = []
             for m in batches:
-                choices.append(fastest(op, n, k, m, copies))
+                choices.append(fastest(op, n, k, m, copies, partial(true_product, weight, one)))
                 rows.append((MANY if m == batches[-1] else m, choices[-1].configuration))
                 progress.step(f"{op} {n}x{k}, {m} tokens")
             known.setdefault(name, {})[f"{op} {n}x{k}"] = tuple(rows)
@@ -104,13 +107,19 @@ def save(path: Path, known: dict[str, dict[str, Rows]]) -> None:
     tuned.cache_clear()
 
 
-def fastest(op: Op, n: int, k: int, m: int, copies: Sequence[tuple[Tensor, ...]]) -> Choice:
-    """The fastest configuration for `m` tokens and a weight of which there are `copies`, as the backend prepared it."""
+def true_product(weight: QuantizedWeight, scheme: Scheme, x: Tensor) -> Tensor:
+    """What every configuration has to give, from the reference: one that is wrong on this GPU must not decide about the others."""
+    return reference.linear(x, reference.prepare(weight), scheme, None, None)
+
+
+def fastest(op: Op, n: int, k: int, m: int, copies: Sequence[tuple[Tensor, ...]], true_product: Callable[[Tensor], Tensor]) -> Choice:
+    """The fastest configuration for `m` tokens and a weight of which there are `copies`, as the backend prepared it. Raises InputError when none
+    is right here."""
     device = copies[0][0].device
     multiprocessors = device_of(device)[2]
     x = torch.randn(m, k, device=device).bfloat16()
     before = choose(op, n, k, m, device)
-    expected = product_of(op, x, copies[0], before)()
+    expected = true_product(x)
     tiles = [replace(each, split=parts(each, n, k, m, multiprocessors)) for each in candidates(op, n, m)]
     first: dict[Configuration, float] = {}
     for how in tiles:
@@ -127,9 +136,13 @@ def fastest(op: Op, n: int, k: int, m: int, copies: Sequence[tuple[Tensor, ...]]
         sample = samples[how]
         assert sample is not None
         times[how].append(sample())
+    if not times:
+        raise InputError(
+            f"no kernel multiplies {m} tokens with {op} {n}x{k} rightly on this GPU: run `make test-gpu`, and report what it says."
+        )
     medians = {how: median(found) for how, found in times.items()}
     best = min(medians, key=medians.__getitem__)
-    return Choice(op, n, k, m, best, medians[best] * 1e6, medians[before] * 1e6)
+    return Choice(op, n, k, m, best, medians[best] * 1e6, medians.get(before, math.nan) * 1e6)
 
 
 def candidates(op: Op, n: int, m: int) -> list[Configuration]:

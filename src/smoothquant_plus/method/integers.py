@@ -72,7 +72,9 @@ def _quantize_groups(weight: Tensor, quant: Quant, scale_dtype: torch.dtype) -> 
         raise ValueError(f"groups of {size} do not divide {weight.shape[1]} input channels")
     groups = weight.reshape(len(weight), -1, size)  # (N, groups, group size)
     low, high = groups.amin(dim=-1).clamp_(max=0), groups.amax(dim=-1).clamp_(min=0)
-    scale = round_up(torch.maximum(high / INT4_MAX, low / INT4_MIN) if quant.symmetric else (high - low) / 15, scale_dtype)
+    scale = round_up(
+        torch.maximum(divide(high, INT4_MAX), divide(low, INT4_MIN)) if quant.symmetric else divide(high - low, 15), scale_dtype
+    )
     if not torch.isfinite(scale).all():
         raise ValueError(
             f"the scale of a group overflows {str(scale_dtype).removeprefix('torch.')}: convert the checkpoint to bfloat16, or choose another --alpha"
@@ -157,8 +159,14 @@ def absolute_maximum(weight: Tensor, dim: int) -> Tensor:
 
 def scale_of(maximum: Tensor) -> Tensor:
     """The symmetric int8 scale, float32, for absolute maxima of any shape: maximum / 127, and 1 where that is zero."""
-    scale = maximum.float() / INT8_MAX
+    scale = divide(maximum.float(), INT8_MAX)
     return torch.where(scale == 0, torch.ones_like(scale), scale)  # a NaN or infinite maximum stays visible in every result
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once. On GPUs PyTorch multiplies by the reciprocal of a Python number, which rounds twice: scales, and so integers, would
+    not be those of a CPU."""
+    return x / torch.full_like(x, by)
 
 
 def quantize_input(x: Tensor, quant: Quant, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

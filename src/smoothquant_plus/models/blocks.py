@@ -491,6 +491,8 @@ def check_pairs(family: Family, config: Any, blocks: Any) -> None:
             source = modules[pair.source]
             if getattr(source, "weight", torch.empty(1)) is not None and not _is_source(source):
                 raise InputError(f"'{pair.source}' is the source of a pair, and neither a norm nor a linear layer.")
+            if isinstance(source, nn.Linear) and pair.source not in quantized:  # rescaled, its weight would be rounded to 16 bits
+                raise InputError(f"'{pair.source}' is the source of a pair, and left unquantized: a linear layer cannot be both.")
             for sink in pair.sinks:
                 if getattr(getattr(modules[sink], "weight", None), "ndim", 0) != 2:
                     raise InputError(f"'{sink}' is a sink of {pair.source}, and not a linear layer.")

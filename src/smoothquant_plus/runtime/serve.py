@@ -37,6 +37,12 @@ def server_command(directory: Path, scheme: str | None = None, options: Sequence
         if stored is not None:
             raise InputError(f"--scheme {scheme}: {directory} is quantized already ({stored.name}), leave it out.")
         find_scheme(scheme)
+        given = next((option for option in options if option.replace("_", "-").startswith("--hf-overrides")), None)
+        if given is not None:  # vLLM would take the last one alone
+            raise InputError(
+                f"{given}: it is also what --scheme gives vLLM. Leave --scheme out, give --quantization {QUANTIZATION}, and add to the overrides "
+                f'"quantization_config": {{"quant_method": "{QUANTIZATION}", "scheme": "{scheme}"}}.'
+            )
         declared = {"quantization_config": {"quant_method": QUANTIZATION, "scheme": scheme}}
         command += ["--quantization", QUANTIZATION, "--hf-overrides", json.dumps(declared)]
     environment: dict[str, str] = {}

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from smoothquant_plus.models.checkpoint import Checkpoint, quantization_config, 
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs, published_alpha
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import Pending, fold_block, quantize_pending, smooth_block, unquantized
+from smoothquant_plus.models.vllm_limits import uneven
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.kernels import BACKENDS, cpu
 from smoothquant_plus.runtime.linear import QuantLinear
@@ -163,6 +165,12 @@ class Int4Kernel(MPLinearKernel):
         return answer(unsupported(find_scheme("w4a16"), (rows, channels)))
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        sizes = layer.output_partition_sizes
+        if self.config.zero_points and (len(sizes) > 1 or layer.tp_size > 1) and any(size % 8 for size in sizes):
+            # vLLM cuts numbers of eight zero points each, and rounds down.
+            raise InputError(
+                f"{layer.prefix}: zero points of {sizes} output channels cannot be put together by eights: use symmetric, or fewer processes."
+            )
         packed, scale, zero_point = self._get_weight_params(layer)
         rows_first = packed.output_dim == 0  # as in compressed-tensors; the layers of AWQ and GPTQ are transposed
         stored = [packed, scale, *([zero_point] if self.config.zero_points else [])]
@@ -267,9 +275,9 @@ class Experts(FusedMoEMethodBase):
                         stacked.append(tensor.new_empty(layer.local_num_experts, *tensor.shape))
                     stacked[index][expert] = tensor
             for index, tensor in enumerate(stacked):
-                layer.register_buffer(f"{ours}_{index}", tensor, persistent=False)
+                layer.register_buffer(f"{ours}_{index}", tensor)  # what is not persistent, vLLM puts back when it reloads weights
             input_scale = layer._parameters.get(f"{theirs}_input_scale")
-            layer.register_buffer(f"{ours}_input_scale", None if input_scale is None else input_scale.data[:, None], persistent=False)
+            layer.register_buffer(f"{ours}_input_scale", None if input_scale is None else input_scale.data[:, None])
             release(layer, [name for name, _ in layer.named_parameters(recurse=False) if name.startswith(f"{theirs}_")])
 
     def apply(
@@ -371,6 +379,14 @@ class OnLoad(WithExperts):
     def get_name(self) -> Any:
         return SQPLUS
 
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        load_format = get_current_vllm_config().load_config.load_format
+        if load_format not in (*LOAD_FORMATS, "dummy"):
+            raise InputError(
+                f"--load-format {load_format} does not quantize while loading: --quantization {SQPLUS} goes with auto and safetensors."
+            )
+        return super().get_quant_method(layer, prefix)
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OnLoad:
         return cls(config)
@@ -401,6 +417,8 @@ class Quantizer:
         if self.scheme.inputs is not None and self.scheme.inputs.dynamic and self.scheme.inputs.strategy == "tensor":
             raise InputError("vLLM has no dynamic per-tensor activations: use 'token' or 'static'.")
         self.decoder = Decoder(Checkpoint(directory), declared=declared_family(directory))
+        if found := uneven(8, packed=True)(self.decoder, self.scheme):
+            raise InputError(f"vLLM's zero points are those of eight output channels together, and {found}: use symmetric.")
         self.factors: dict[str, Tensor] = {}
         self.statistics: dict[str, Tensor] = {}
         self.smooth, self.alpha = self._choose(smooth, alpha)
@@ -418,10 +436,7 @@ class Quantizer:
         if smooth != "none" and alpha is None and (directory / SMOOTHING).is_file():
             if smooth is not None:
                 raise InputError(f"{directory / SMOOTHING} says what is smoothed: leave out smooth, or give an alpha too.")
-            try:
-                self.factors = load_file(directory / SMOOTHING)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{directory / SMOOTHING} is damaged: {error}") from error
+            self.factors = read_factors(directory)
             return "all", None
         if smooth == "none" or not measured:
             if smooth in SMOOTH[1:] or alpha is not None:
@@ -432,6 +447,10 @@ class Quantizer:
         if not 0 <= alpha <= 1:
             raise InputError(f"alpha {alpha:g} is out of range: it must be between 0 and 1.")
         return smooth or "norms", alpha
+
+    @property
+    def smoothed(self) -> bool:
+        return bool(self.factors) or self.alpha is not None
 
     def __str__(self) -> str:
         if self.factors:
@@ -475,12 +494,27 @@ class Quantizer:
             yield from quantize_pending(decoder, index, block, self.scheme, maxima, pending)
 
 
+def read_factors(directory: Path) -> dict[str, Tensor]:
+    """The smoothing factors beside a model, {path of the source: s}."""
+    try:
+        return load_file(directory / SMOOTHING)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{directory / SMOOTHING} is damaged: {error}") from error
+
+
 class Loader(DefaultModelLoader):
     """vLLM's loader, which takes the quantized tensors of `--quantization sqplus`, and refuses damaged checkpoints of ours by itself."""
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         quantized = model_config.quantization in (SQPLUS, "compressed-tensors")
         if quantized:
+            if vllm_config.lora_config is not None:
+                refuse_smoothed(model_config)
+            if isinstance(vllm_config.additional_config, dict):
+                # For vLLM's cache of compiled models, which does not know this package, nor whether its kernels are there.
+                vllm_config.additional_config.setdefault(
+                    "sqplus", f"{version('smoothquant-plus')}, {unsupported(find_scheme('w8a8'), (1, 1))}"
+                )
             give_memory_back()  # each layer's repacking leaves as much behind as the layer has
         try:
             return super().load_model(vllm_config, model_config, prefix)
@@ -489,7 +523,7 @@ class Loader(DefaultModelLoader):
                 take_memory_again()
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        self.ours = model_config.quantization == SQPLUS or is_ours(Path(model_config.model))
+        self.ours = is_checked(model_config)
         if self.ours:
             self.enable_weights_track = True  # a parameter that no tensor was loaded into is an error
         super().load_weights(model, model_config)
@@ -499,20 +533,43 @@ class Loader(DefaultModelLoader):
         super().track_weights_loading(model, None if loaded_weights is None else loaded_weights | unread, quantized)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        ours = is_checked(model_config)  # `reload_weights` calls nothing else, and may name another directory
         if model_config.quantization == SQPLUS:
             self.counter_before_loading_weights = time.perf_counter()
-            options = getattr(model_config.hf_config, "quantization_config", None) or {}
-            quantizer = Quantizer(Path(model_config.model), options)
+            quantizer = quantizer_of(model_config)
             note(f"{SQPLUS}: {quantizer}")
             tensors = quantizer.tensors()
         else:
             tensors = super().get_all_weights(model_config, model)
         for name, tensor in tensors:
-            if self.ours and name.endswith("weight_shape"):
+            if ours and name.endswith("weight_shape"):
                 continue  # is_ours has read it, no kernel does, and the loader of BLOOM fails on it
-            if self.ours and name.endswith(("weight_scale", "input_scale")) and not bool(((tensor > 0) & tensor.isfinite()).all()):
+            if ours and name.endswith(("weight_scale", "input_scale")) and not bool(((tensor > 0) & tensor.isfinite()).all()):
                 raise InputError(f"'{name}' in {model_config.model} has scales that are not positive numbers: the checkpoint is damaged.")
             yield name, tensor
+
+
+def quantizer_of(model_config: Any) -> Quantizer:
+    return Quantizer(Path(model_config.model), getattr(model_config.hf_config, "quantization_config", None) or {})
+
+
+def refuse_smoothed(model_config: Any) -> None:
+    """Raises InputError for a model that is smoothed, on load or before: an adapter (LoRA) was trained on the inputs of the original's layers, which
+    are others here."""
+    directory = Path(model_config.model)
+    if model_config.quantization == SQPLUS:
+        smoothed = quantizer_of(model_config).smoothed
+    else:
+        smoothed = (directory / PLAN).is_file() and bool(read_factors(directory))
+    if smoothed:
+        raise InputError(
+            f"{directory} is smoothed, and an adapter's layers are for the inputs of the original model: quantize with smooth 'none' for LoRA."
+        )
+
+
+def is_checked(model_config: Any) -> bool:
+    """Whether this loader looks for damage in what it loads. Raises InputError for what is seen from the headers."""
+    return model_config.quantization == SQPLUS or is_ours(Path(model_config.model))
 
 
 def is_ours(directory: Path) -> bool:

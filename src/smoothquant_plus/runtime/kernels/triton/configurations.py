@@ -101,7 +101,13 @@ def choose(op: Op, n: int, k: int, tokens: int, device: torch.device) -> Configu
     name, architecture, multiprocessors = device_of(device)
     rows = tuned(name).get(f"{op} {n}x{k}") or SHIPPED.get((architecture, op)) or ANYWHERE[op]
     found = next((configuration for most, configuration in rows if tokens <= most), rows[-1][1])
-    return replace(found, split=parts(found, n, k, tokens, multiprocessors))
+    return with_split(found, parts(found, n, k, tokens, multiprocessors))
+
+
+@functools.cache
+def with_split(how: Configuration, split: int) -> Configuration:
+    """Kept, because making one checks its fields, which takes as long as all else before a launch."""
+    return replace(how, split=split)
 
 
 def parts(how: Configuration, n: int, k: int, tokens: int, multiprocessors: int) -> int:
@@ -110,9 +116,10 @@ def parts(how: Configuration, n: int, k: int, tokens: int, multiprocessors: int)
     if how.kernel == "matmul" or tiles > TILES:
         return 1
     steps = cdiv(k, how.depth)
-    # Several programs of small tiles on each multiprocessor keep its memory busy; of large ones, one or two fit. And what programs hand over
-    # must be little beside what they read, so large tiles take more steps.
-    wanted = cdiv((4 if how.rows <= 32 else 1) * multiprocessors, tiles)
+    # Several programs of small tiles on each multiprocessor keep its memory busy; of large ones one fits, and one more than there are
+    # multiprocessors would take as long as twice as many. And what programs hand over must be little beside what they read, so large tiles
+    # take more steps.
+    wanted = cdiv(4 * multiprocessors, tiles) if how.rows <= 32 else multiprocessors // tiles
     split = how.split or min(wanted, steps // max(2, how.rows // 16))
     return cdiv(steps, cdiv(steps, max(1, min(split, steps))))
 

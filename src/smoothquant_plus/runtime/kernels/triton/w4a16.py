@@ -23,10 +23,10 @@ from smoothquant_plus.runtime.kernels.triton.common import INTERPRETED, add_part
 from smoothquant_plus.runtime.kernels.triton.configurations import Configuration, choose
 
 # Input channels of a block, and its 16-bit words; and the numbers of a float weight that are made at a time (32 MB in 16 bits, which the
-# second-level cache of a large GPU holds).
+# second-level cache of a large GPU holds), but of so many channels that a product with them fills the GPU. Of both the multiples that cuBLAS wants.
 BLOCK: tl.constexpr = tl.constexpr(128)
 WORDS: tl.constexpr = tl.constexpr(32)
-PIECE = 1 << 24
+PIECE, NARROWEST, MULTIPLE = 1 << 24, 2048, 256
 # Channels that a program of `dequantize_kernel` takes.
 DEQUANTIZED = 32
 
@@ -247,7 +247,7 @@ def multiply_by_matmul(x: Tensor, packed: Tensor, steps: Tensor, bias: Tensor | 
     """y (M, N) = x (M, K) times the weight, of which a piece is written out at a time."""
     blocks, n = packed.shape[:2]
     k = x.shape[1]
-    length = min(n, max(1, PIECE // k))
+    length = min(n, max(NARROWEST, PIECE // k // MULTIPLE * MULTIPLE))
     weight = x.new_empty(length, k)
     for start in range(0, n, length):
         stop = min(start + length, n)
