@@ -7,6 +7,7 @@
 #include <utility>
 
 #pragma GCC target("avx2,fma,f16c")
+#include "clipped.h"
 #include "fixed.h"
 
 namespace sqplus {
@@ -48,6 +49,27 @@ struct Avx2 {
     const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  // For clipped.h: x with 128 added to each of its 8-bit numbers, and products of those, which must not saturate.
+  static SQPLUS_INLINE Int add_128(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+  static SQPLUS_INLINE Int unsigned_dot4(Int sum, Int x, Int w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  }
+  static SQPLUS_INLINE Int sum4(Int w) { return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), w), _mm256_set1_epi16(1)); }
+  static SQPLUS_INLINE Int times_128(Int a) { return _mm256_slli_epi32(a, 7); }
+  static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static SQPLUS_INLINE Int subtract_int8(Int a, Int b) { return _mm256_sub_epi8(a, b); }
+  // Whether the positive, or the negative, numbers of a pair add up to more than 128 anywhere.
+  static SQPLUS_INLINE bool pairs_beyond_128(Int w) {
+    const Int ones = _mm256_set1_epi8(1), none = _mm256_setzero_si256();
+    const Int above = _mm256_maddubs_epi16(ones, _mm256_max_epi8(w, none)), below = _mm256_maddubs_epi16(ones, _mm256_min_epi8(w, none));
+    const Int beyond = _mm256_or_si256(_mm256_cmpgt_epi16(above, _mm256_set1_epi16(128)), _mm256_cmpgt_epi16(_mm256_set1_epi16(-128), below));
+    return !_mm256_testz_si256(beyond, beyond);
+  }
+  // (w + 1) / 2, rounded down: -63 to 64. What is left of w is between -64 and 63.
+  static SQPLUS_INLINE Int half_up(Int w) {
+    const Int middle = _mm256_set1_epi8(-128);
+    return _mm256_xor_si256(_mm256_avg_epu8(_mm256_xor_si256(w, middle), middle), middle);
+  }
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return _mm256_and_si256(_mm256_srli_epi32(packed, 4), _mm256_set1_epi8(15)); }
   // Four products of a nibble and an int8 are below 2^15 (4 * 15 * 128).
@@ -79,7 +101,12 @@ struct Avx2 {
 
 }  // namespace
 
-constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2", w4_fixed<Avx2>, fix_group);
+constexpr Kernels kAvx2 = [] {
+  Kernels kernels = kernels_of<Avx2>("avx2", w4_fixed<Avx2>, fix_group);
+  kernels.w8 = w8_clipped<Avx2>;
+  kernels.peak_int8 = peak_int8<Avx2, Avx2::unsigned_dot4>;
+  return kernels;
+}();
 
 }  // namespace sqplus
 #endif

@@ -236,7 +236,7 @@ int64_t read_memory(const void* from, int64_t bytes) {
 }
 
 // The accumulators are made known to the compiler as changing, so that nothing is computed once for all iterations.
-template <class V>
+template <class V, auto dot4 = V::dot4>
 int64_t peak_int8(int64_t iterations) {
   constexpr int N = V::accumulators;
   typename V::Int sum[N], x = V::broadcast_int(0x01010101), w = x;
@@ -244,7 +244,7 @@ int64_t peak_int8(int64_t iterations) {
   for (int64_t k = 0; k < iterations; ++k) {
     unroll<N>(SQPLUS_EACH(i) {
       V::touch(x), V::touch(w);
-      sum[i] = V::dot4(sum[i], x, w);
+      sum[i] = dot4(sum[i], x, w);
     });
   }
   unroll<N>(SQPLUS_EACH(i) { V::touch(sum[i]); });

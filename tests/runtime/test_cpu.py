@@ -170,6 +170,24 @@ def test_extreme_integers_are_summed_exactly(level: str) -> None:
     assert torch.equal(layer(x), sums)
 
 
+PAIRS = [(64, 64), (65, 64), (127, 2), (127, 1), (-64, -64), (-65, -64), (-127, -2), (127, -127), (127, 127), (-127, -127)]
+
+
+@pytest.mark.parametrize("spread", [5, 25, 32, 36, 45, 200])
+def test_weights_that_would_saturate_sixteen_bits(spread: int, level: str) -> None:
+    """Few of them, as many as still pay, and more than those: what is cut in two to avoid it is summed exactly too (csrc/clipped.h)."""
+    generator = torch.Generator().manual_seed(spread)
+    for m, n, k in ((49, 64, 256), (50, 70, 520), (118, 130, 33), (64, 8, 1026)):
+        values = (torch.randn(n, k, generator=generator) * spread).round().clamp(-127, 127)
+        for row, pair in zip(values, PAIRS * 20, strict=False):
+            row[4:6], row[-3:-1] = torch.tensor(pair), torch.tensor(pair)
+        x = torch.randint(-128, 128, (m, k), generator=generator).float()
+        x[0], x[1], x[2, ::2] = 127, -128, -128
+        weight = QuantizedWeight(values.to(torch.int8), torch.ones(n, 1), INT8[2].weights)
+        layer = QuantLinear(weight, INT8[2], input_scale=torch.ones(1), backend="cpu")
+        assert torch.equal(layer(x), (x.long() @ values.long().t()).float())
+
+
 def test_rounding_is_the_references(level: str) -> None:
     """Ties go to the even integer, as torch.round has it."""
     identity = torch.eye(64, dtype=torch.int8)
