@@ -132,8 +132,9 @@ def test_copies_of_a_weight_take_turns(quick: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls of a graph, in turn, and the time of one of them; CUDA is a stand-in."""
+    """The calls of a graph, in turn, and the time of one of them; one that waits for the device is found before. CUDA is a stand-in."""
     order: list[str] = []
+    modes = ["default"]
     replays: list[int] = []
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = SimpleNamespace(
@@ -142,16 +143,26 @@ def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
         stream=lambda stream: nullcontext(),
         graph=lambda graph: nullcontext(),
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: replays.append(1)),
+        set_sync_debug_mode=modes.append,
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1000),
     )
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(timing, "seconds_of", lambda call, device: call() or 42.0)
     gpu = torch.device("cuda")
     sample = timing.sampler([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], gpu)
-    assert order == list("abc" * 8)  # once before, and 20 calls at least
+    assert order == list("abca" + "abc" * 7)  # once before, and 20 calls at least
     assert sample() == 42.0 / 21 and len(replays) == 2
     assert [timing.copies_for(nbytes, gpu) for nbytes in (10**6, 1000, 1)] == [2, 4, timing.COPIES]
     assert timing.copies_for(1, torch.device("cpu")) == 1
+
+    def waits() -> None:
+        order.append(modes[-1])
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        timing.sampler([waits], gpu)
+    assert order[-2:] == ["default", "error"] and modes[-1] == "default"
 
 
 def test_fused_operations(monkeypatch: pytest.MonkeyPatch) -> None:
