@@ -7,7 +7,6 @@
 #include <utility>
 
 #pragma GCC target("avx2,fma,f16c")
-#include "clipped.h"
 #include "fixed.h"
 
 namespace sqplus {
@@ -15,9 +14,9 @@ namespace {
 
 struct Avx2 {
   static constexpr int width = 8;
-  static constexpr int rows = 3;
-  static constexpr int accumulators = 12;
-  static constexpr bool unsigned_x = false;
+  static constexpr int rows = 4;
+  static constexpr int accumulators = 10;
+  static constexpr bool saturates = true;
   static constexpr int fixed_vectors = 2;  // of a panel at once, for two rows of three pieces each
   using Float = __m256;
   using Int = __m256i;
@@ -44,31 +43,9 @@ struct Avx2 {
   static SQPLUS_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static SQPLUS_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
 
-  // |x| times w with the sign of x, pairs of products in 16 bits, which cannot saturate (2 * 128 * 127 < 2^15), then pairs of those in 32.
-  static SQPLUS_INLINE Int dot4(Int sum, Int x, Int w) {
-    const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-  // For clipped.h: x with 128 added to each of its 8-bit numbers, and products of those, which must not saturate.
-  static SQPLUS_INLINE Int add_128(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
-  static SQPLUS_INLINE Int unsigned_dot4(Int sum, Int x, Int w) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
-  }
-  static SQPLUS_INLINE Int sum4(Int w) { return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), w), _mm256_set1_epi16(1)); }
-  static SQPLUS_INLINE Int times_128(Int a) { return _mm256_slli_epi32(a, 7); }
-  static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
-  static SQPLUS_INLINE Int subtract_int8(Int a, Int b) { return _mm256_sub_epi8(a, b); }
-  // Whether the positive, or the negative, numbers of a pair add up to more than 128 anywhere.
-  static SQPLUS_INLINE bool pairs_beyond_128(Int w) {
-    const Int ones = _mm256_set1_epi8(1), none = _mm256_setzero_si256();
-    const Int above = _mm256_maddubs_epi16(ones, _mm256_max_epi8(w, none)), below = _mm256_maddubs_epi16(ones, _mm256_min_epi8(w, none));
-    const Int beyond = _mm256_or_si256(_mm256_cmpgt_epi16(above, _mm256_set1_epi16(128)), _mm256_cmpgt_epi16(_mm256_set1_epi16(-128), below));
-    return !_mm256_testz_si256(beyond, beyond);
-  }
-  // (w + 1) / 2, rounded down: -63 to 64. What is left of w is between -64 and 63.
-  static SQPLUS_INLINE Int half_up(Int w) {
-    const Int middle = _mm256_set1_epi8(-128);
-    return _mm256_xor_si256(_mm256_avg_epu8(_mm256_xor_si256(w, middle), middle), middle);
+  // Pairs of products in 16 bits, which cut_pairs keeps from saturating, then pairs of those in 32.
+  static SQPLUS_INLINE Int dot4(Int sum, Int w, Int x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
   }
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm256_and_si256(packed, _mm256_set1_epi8(15)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return _mm256_and_si256(_mm256_srli_epi32(packed, 4), _mm256_set1_epi8(15)); }
@@ -99,12 +76,39 @@ struct Avx2 {
   }
 };
 
+// 255 (x + x') leaves 16 bits where two neighbours of one sign add up to more than 128: such a four becomes x = (x + 1) / 2, rounded down, and the rest.
+// So nothing is lost, whatever x is.
+void cut_pairs(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, int32_t* cuts) {
+  std::memset(cuts, 0, rows * sizeof *cuts);
+  for (int64_t i = 0; i < steps * rows; i += 8) {
+    int32_t last[8] = {};
+    const bool whole = i + 8 <= steps * rows;
+    if (!whole) std::memcpy(last, x + i, (steps * rows - i) * 4);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), Avx2::load_int(whole ? x + i : last));
+    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), _mm256_set1_epi16(128));
+    const __m256i either = _mm256_or_si256(beyond, _mm256_slli_epi32(beyond, 16));
+    for (uint32_t lanes = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(either))); lanes; lanes &= lanes - 1) {
+      const int64_t found = i + __builtin_ctz(lanes), row = found % rows;
+      int8_t four[4], other[4];
+      std::memcpy(four, x + found, 4);
+      for (int j = 0; j < 4; ++j) {
+        const int half = (four[j] + 1) >> 1;
+        other[j] = static_cast<int8_t>(four[j] - half);
+        four[j] = static_cast<int8_t>(half);
+      }
+      std::memcpy(x + found, four, 4);
+      const int64_t place = row * steps + cuts[row]++;
+      std::memcpy(rest + place, other, 4);
+      at[place] = static_cast<int32_t>(found / rows);
+    }
+  }
+}
+
 }  // namespace
 
 constexpr Kernels kAvx2 = [] {
   Kernels kernels = kernels_of<Avx2>("avx2", w4_fixed<Avx2>, fix_group);
-  kernels.w8 = w8_clipped<Avx2>;
-  kernels.peak_int8 = peak_int8<Avx2, Avx2::unsigned_dot4>;
+  kernels.cut = cut_pairs;
   return kernels;
 }();
 

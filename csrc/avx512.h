@@ -24,7 +24,7 @@ struct Avx512 {
   static constexpr int width = 16;
   static constexpr int rows = 6;
   static constexpr int accumulators = 24;
-  static constexpr bool unsigned_x = true;
+  static constexpr bool saturates = false;
   static constexpr int fixed_vectors = 4;  // of a panel at once, for two rows of three pieces each
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;
@@ -39,7 +39,6 @@ struct Avx512 {
   static SQPLUS_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
   static SQPLUS_INLINE void store_int(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
   static SQPLUS_INLINE Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
-  static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
 
   static SQPLUS_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
@@ -58,11 +57,11 @@ struct Avx512 {
   static SQPLUS_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
 
   // Unsigned times signed. As assembly: GCC 12 spills the accumulators of the intrinsic.
-  static SQPLUS_INLINE Int dot4(Int sum, Int x, Int w) {
+  static SQPLUS_INLINE Int dot4(Int sum, Int w, Int x) {
 #if defined(SQPLUS_EMULATE)
-    return _mm512_dpbusd_epi32(sum, x, w);
+    return _mm512_dpbusd_epi32(sum, w, x);
 #else
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 #endif
   }

@@ -47,7 +47,6 @@ inline Floats loadu_ps(const float* p) { return as<Floats>(load(p)); }
 inline void storeu_ps(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
 inline void storeu_si512(void* p, Longs a) { std::memcpy(p, &a, sizeof a); }
 inline Longs add_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) + as<Unsigned>(b)); }
-inline Longs sub_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) - as<Unsigned>(b)); }
 inline Longs and_si512(Longs a, Longs b) { return a & b; }
 inline Longs srli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) >> bits); }
 inline Longs slli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) << bits); }
@@ -83,11 +82,11 @@ inline Longs permutexvar_epi16(Longs index, Longs table) {
   const Shorts at = as<Shorts>(index), from = as<Shorts>(table);
   return as<Longs>(each<Shorts>([&](int i) { return from[at[i] & 31]; }));
 }
-inline Longs dpbusd_epi32(Longs sum, Longs x, Longs w) {
+inline Longs dpbusd_epi32(Longs sum, Longs w, Longs x) {
   uint8_t a[64];
   int8_t b[64];
-  std::memcpy(a, &x, 64);
-  std::memcpy(b, &w, 64);
+  std::memcpy(a, &w, 64);
+  std::memcpy(b, &x, 64);
   const Ints before = as<Ints>(sum);
   return as<Longs>(each<Ints>([&](int i) {
     int32_t total = before[i];
@@ -131,4 +130,3 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_srli_epi32 sqplus::emulated::srli_epi32
 #define _mm512_storeu_ps sqplus::emulated::storeu_ps
 #define _mm512_storeu_si512 sqplus::emulated::storeu_si512
-#define _mm512_sub_epi32 sqplus::emulated::sub_epi32

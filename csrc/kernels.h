@@ -1,7 +1,7 @@
 // What an instruction set offers: products of a few rows of activations with a panel of 64 output channels, and passes over rows.
 //
 // Packed weights are the same for all of them, so that a machine's level can be lowered at run time:
-//   W8  [panel][K / 4][64 channels][4]  int8, the input channels of four at a time next to each other
+//   W8  [panel][K / 4][64 channels][4]  uint8, 128 added; the input channels of four at a time next to each other
 //   W4  [panel][K / 8][64 channels]     uint32, eight unsigned nibbles each; input channel e of the eight lies at bit nibble_shift(e)
 // K is padded with zeros to a multiple of 4 or 8, N to a multiple of 64.
 #pragma once
@@ -19,8 +19,9 @@ constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
-// Weights are gone through in chunks that stay in the first-level cache while all blocks of rows use them.
-constexpr int64_t kChunk = 64;  // steps of 256 bytes
+// Weights are gone through in chunks that stay in the first-level cache while all blocks of rows use them, and the next one is fetched. Few rows take
+// shorter ones, of which memory would not be done with the next.
+constexpr int64_t kChunk = 64;  // steps of 256 bytes, at most
 
 // A block of rows: 1 to Kernels::rows of them, of which the first is row `top`.
 struct Block {
@@ -29,13 +30,16 @@ struct Block {
 };
 
 struct W8Tile {
-  const int32_t* x;           // (chunks, blocks, steps of the chunk, rows of the block): four int8 activations each
-  int64_t rows;               // of all blocks
-  int64_t steps;              // K / 4
-  int64_t chunk;              // steps, at most
-  const int8_t* weight;       // one panel
-  const int32_t* correction;  // (64): 128 times the sum of each channel's weights, for kernels with unsigned_x
-  int32_t* y;                 // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
+  const int32_t* x;       // (chunks, blocks, steps of the chunk, rows of the block): four int8 activations each
+  int64_t rows;           // of all blocks
+  int64_t steps;          // K / 4
+  int64_t chunk;          // steps, at most
+  const uint8_t* weight;  // one panel
+  const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much
+  const int32_t* rest;    // (chunks, rows, steps of the chunk): what Kernels::cut, where there is one, took off of each row's fours
+  const int32_t* at;      // and of which steps of the chunk
+  const int32_t* cuts;    // (chunks, rows): how many those are
+  int32_t* y;             // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
 // x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
@@ -64,8 +68,8 @@ struct W4Tile {
 
 struct Kernels {
   const char* name;
-  int rows;           // the most rows of a block
-  bool unsigned_x;    // whether w8 takes x with 128 added (as uint8); the weights' sums are subtracted again
+  int rows;     // the most rows of a block
+  int at_once;  // and of one whose sums, for all of a panel's channels, stay in registers: each weight is read once
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
   void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32, or in fixed point where there is fix
@@ -74,7 +78,9 @@ struct Kernels {
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
-  void (*quantize)(const float* x, int64_t count, float scale, int8_t* to);
+  int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
+  // For products that saturate: cuts fours that could in two, of a block's x of one chunk. Null where none do.
+  void (*cut)(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, int32_t* cuts);
   // A group of x, a multiple of 8 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
   // Null where w4 takes float32.
   void (*fix)(const float* x, int64_t count, int64_t stride, int32_t* to, Fixed*);

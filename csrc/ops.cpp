@@ -14,7 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -113,27 +113,21 @@ Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
   return made;
 }
 
-// int8 (N, K) -> panels, int8 flat, and 128 times the sum of each channel, int32 (N rounded up to panels).
-std::tuple<Tensor, Tensor> cpu_pack_w8(const Tensor& given) {
+// int8 (N, K) -> a flat uint8 of panels, 128 added.
+Tensor cpu_pack_w8(const Tensor& given) {
   STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Char, "an int8 matrix is needed");
   const Tensor weight = torch::stable::contiguous(given);
   const int64_t n = weight.size(0), k = weight.size(1), steps = round_up(k, 4) / 4;
-  Tensor packed = zeros_for_weight(weight, round_up(n, kPanel) * steps * 4, ScalarType::Char);
-  Tensor correction = torch::stable::new_zeros(weight, {round_up(n, kPanel)}, ScalarType::Int);
+  Tensor packed = zeros_for_weight(weight, round_up(n, kPanel) * steps * 4, ScalarType::Byte);
   const int8_t* from = static_cast<const int8_t*>(weight.data_ptr());
-  int8_t* to = static_cast<int8_t*>(packed.data_ptr());
-  int32_t* corrections = static_cast<int32_t*>(correction.data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(packed.data_ptr());
   parallel_for(0, n, kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      int8_t* panel = to + row / kPanel * steps * kPanel * 4 + row % kPanel * 4;
-      for (int64_t column = 0; column < k; ++column) {
-        const int8_t value = from[row * k + column];
-        panel[column / 4 * kPanel * 4 + column % 4] = value;
-        corrections[row] += 128 * value;
-      }
+      uint8_t* panel = to + row / kPanel * steps * kPanel * 4 + row % kPanel * 4;
+      for (int64_t column = 0; column < k; ++column) panel[column / 4 * kPanel * 4 + column % 4] = static_cast<uint8_t>(from[row * k + column] + 128);
     }
   });
-  return {packed, correction};
+  return packed;
 }
 
 // int8 (N, K) of -8..7 -> a flat int32 of panels, eight nibbles with 8 added in each.
@@ -182,12 +176,14 @@ struct InputScales {
 };
 
 // Rows of x as integers, in parts of `part` steps of four channels: (parts, blocks, steps of the part, rows of the block). `four` takes a row
-// of int8 and a step.
+// of int8 and a step. Also what each row adds up to.
 template <class Four>
-std::unique_ptr<int32_t[]> integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part,
-                                       const std::vector<float>& scales, const std::vector<Block>& blocks, Four&& four) {
+std::pair<std::unique_ptr<int32_t[]>, std::vector<int32_t>> integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part,
+                                                                        const std::vector<float>& scales, const std::vector<Block>& blocks,
+                                                                        Four&& four) {
   const int64_t m = scales.size();
   auto integers = room<int32_t>(m * steps);
+  std::vector<int32_t> sums(m);
   const char* values = static_cast<const char*>(x.data_ptr());
   const Type type = type_of(x);
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
@@ -197,7 +193,7 @@ std::unique_ptr<int32_t[]> integers_of(const Kernels& kernels, const Tensor& x, 
       const Block& block = blocks[b];
       for (int r = 0; r < block.rows; ++r) {
         kernels.read(type, values + (block.top + r) * k * size_of(type), k, floats.get());
-        kernels.quantize(floats.get(), k, scales[block.top + r], row.data());
+        sums[block.top + r] = kernels.quantize(floats.get(), k, scales[block.top + r], row.data());
         for (int64_t start = 0; start < steps; start += part) {
           const int64_t count = std::min(part, steps - start);
           int32_t* to = integers.get() + start * m + block.top * count + r;
@@ -206,7 +202,7 @@ std::unique_ptr<int32_t[]> integers_of(const Kernels& kernels, const Tensor& x, 
       }
     }
   });
-  return integers;
+  return {std::move(integers), std::move(sums)};
 }
 
 // Calls work(panel, blocks, first block) for all panels and blocks of rows, in parallel.
@@ -244,14 +240,13 @@ std::unique_ptr<float[]> floats_of(const Kernels& kernels, const std::optional<T
 
 // x (..., K) in float -> (..., N): y = (int(x) @ weight.T) * input scale * weight_scale + bias. `weight_scale` float32 (N,), `input_scale` float32
 // (1,) when it is static, `bias` (N,) in float.
-Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correction, const Tensor& weight_scale, bool per_token,
+Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_scale, bool per_token,
                 const std::optional<Tensor>& input_scale, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
   const int64_t k = x.sizes().back(), m = rows_of(x), n = weight_scale.numel(), steps = round_up(k, 4) / 4;
-  STD_TORCH_CHECK(packed.numel() == round_up(n, kPanel) * steps * 4 && correction.numel() == round_up(n, kPanel),
-                  "the packed weight does not fit x and the scales");
+  STD_TORCH_CHECK(packed.numel() == round_up(n, kPanel) * steps * 4, "the packed weight does not fit x and the scales");
   STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && (!input_scale || input_scale->scalar_type() == ScalarType::Float),
                   "float32 scales are needed");
   const Type type = type_of(x);
@@ -260,26 +255,39 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& correct
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, kernels.rows);
-  const int64_t chunk = blocks.size() == 1 ? steps : kChunk;
+  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : std::clamp<int64_t>(m, 8, kChunk);
   const auto scales = InputScales{per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr}(kernels, x, m, k);
-  const int32_t flip = kernels.unsigned_x ? static_cast<int32_t>(0x80808080) : 0;  // of the sign bits: adds 128
-  const auto integers = integers_of(kernels, x, k, steps, chunk, scales, blocks, [flip](const int8_t* row, int64_t step) {
+  auto [integers, first] = integers_of(kernels, x, k, steps, chunk, scales, blocks, [](const int8_t* row, int64_t step) {
     int32_t four;
     std::memcpy(&four, row + step * 4, 4);
-    return four ^ flip;
+    return four;
   });
+  for (int32_t& sum : first) sum *= -128;
+  const int64_t chunks = (steps + chunk - 1) / chunk, cut = kernels.cut ? m * steps : 0;
+  const auto rest = room<int32_t>(cut), at = room<int32_t>(cut), cuts = room<int32_t>(kernels.cut ? chunks * m : 0);
+  if (kernels.cut) {
+    parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const auto [top, rows] = blocks[b];
+        for (int64_t start = 0; start < steps; start += chunk) {
+          const int64_t count = std::min(chunk, steps - start), place = start * m + top * count;
+          kernels.cut(count, rows, integers.get() + place, rest.get() + place, at.get() + place, cuts.get() + start / chunk * m + top);
+        }
+      }
+    });
+  }
 
-  const int8_t* weight = static_cast<const int8_t*>(packed.data_ptr());
-  const int32_t* corrections = static_cast<const int32_t*>(correction.data_ptr());
+  const uint8_t* weight = static_cast<const uint8_t*>(packed.data_ptr());
   const float* of_channel = static_cast<const float*>(weight_scale.data_ptr());
   for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-    const Panel at(panel, n, count, block);
-    const auto sums = room<int32_t>(at.rows * kPanel);
-    std::fill_n(sums.get(), at.rows * kPanel, 0);  // K may be 0
-    kernels.w8(count, block, {integers.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, corrections + at.first, sums.get()});
-    for (int64_t r = 0; r < at.rows; ++r) {
-      kernels.write(type, reinterpret_cast<const float*>(sums.get()) + r * kPanel, at.channels, scales[at.top + r], of_channel + at.first,
-                    offset ? offset.get() + at.first : nullptr, at.row(y, r));
+    const Panel own(panel, n, count, block);
+    const auto sums = room<int32_t>(own.rows * kPanel);
+    std::fill_n(sums.get(), own.rows * kPanel, 0);  // K may be 0
+    kernels.w8(count, block, {integers.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), at.get(), cuts.get(),
+                             sums.get()});
+    for (int64_t r = 0; r < own.rows; ++r) {
+      kernels.write(type, reinterpret_cast<const float*>(sums.get()) + r * kPanel, own.channels, scales[own.top + r], of_channel + own.first,
+                    offset ? offset.get() + own.first : nullptr, own.row(y, r));
     }
   });
   return y;
@@ -391,7 +399,7 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
     int32_t together;
     std::memcpy(&together, four, 4);
     return together;
-  });
+  }).first;
   const auto sums = room<float>(m * groups);
   for (const auto& [top, rows] : blocks) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -434,9 +442,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
   m.def("cpu_level(int level) -> int");
   m.def("cpu_read(Tensor tensor) -> int");
   m.def("cpu_peak(str what, int iterations) -> int");
-  m.def("cpu_pack_w8(Tensor weight) -> (Tensor, Tensor)");
+  m.def("cpu_pack_w8(Tensor weight) -> Tensor");
   m.def("cpu_pack_w4(Tensor weight) -> Tensor");
-  m.def("cpu_w8a8(Tensor x, Tensor weight, Tensor correction, Tensor weight_scale, bool per_token, Tensor? input_scale, Tensor? bias) -> Tensor");
+  m.def("cpu_w8a8(Tensor x, Tensor weight, Tensor weight_scale, bool per_token, Tensor? input_scale, Tensor? bias) -> Tensor");
   m.def("cpu_w4a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
   m.def("cpu_w4a8(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
 }

@@ -8,7 +8,7 @@ struct Portable {
   static constexpr int width = 8;
   static constexpr int rows = 2;
   static constexpr int accumulators = 8;
-  static constexpr bool unsigned_x = false;
+  static constexpr bool saturates = false;
   struct Float {
     float v[8];
   };
@@ -66,14 +66,14 @@ struct Portable {
     return each([&](int i) { return c.v[i] - a.v[i] * b.v[i]; });
   }
 
-  static SQPLUS_INLINE Int dot4(Int sum, const Int& x, const Int& w) {
-    for (int i = 0; i < 8; ++i) {
-      int8_t a[4], b[4];
-      __builtin_memcpy(a, &x.v[i], 4);
-      __builtin_memcpy(b, &w.v[i], 4);
-      sum.v[i] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-    }
-    return sum;
+  static SQPLUS_INLINE Int dot4(const Int& sum, const Int& w, const Int& x) {
+    return each<Int>([&](int i) {
+      uint8_t a[4];
+      int8_t b[4];
+      __builtin_memcpy(a, &w.v[i], 4);
+      __builtin_memcpy(b, &x.v[i], 4);
+      return static_cast<int32_t>(static_cast<uint32_t>(sum.v[i]) + static_cast<uint32_t>(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]));
+    });
   }
   static SQPLUS_INLINE Int low_nibbles(const Int& packed) {
     return each<Int>([&](int i) { return packed.v[i] & 0x0f0f0f0f; });
@@ -82,7 +82,7 @@ struct Portable {
     return each<Int>([&](int i) { return (packed.v[i] >> 4) & 0x0f0f0f0f; });
   }
   static SQPLUS_INLINE Int dot8(const Int& sum, const Int& low, const Int& x, const Int& high, const Int& y) {
-    return dot4(dot4(sum, x, low), y, high);
+    return dot4(dot4(sum, low, x), high, y);
   }
   template <int shift>
   static SQPLUS_INLINE Float nibble(const Int& packed) {

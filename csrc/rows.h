@@ -74,13 +74,17 @@ inline float absolute_maximum_of(const float* x, int64_t count) {
 }
 
 // Rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes -128.
-inline void quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
+inline int32_t quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
+  int32_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float value = x[i] / scale;
     const float above = value > -128.0f ? value : -128.0f;
     const float bounded = above < 127.0f ? above : 127.0f;
-    to[i] = static_cast<int8_t>(static_cast<int32_t>((bounded + 12582912.0f) - 12582912.0f));
+    const int32_t integer = static_cast<int32_t>((bounded + 12582912.0f) - 12582912.0f);
+    to[i] = static_cast<int8_t>(integer);
+    sum += integer;
   }
+  return sum;
 }
 
 inline void write_row(Type type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to) {

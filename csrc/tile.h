@@ -16,42 +16,61 @@ constexpr int vectors_for(int rows) {
   return room >= all ? all : room >= 4 ? 4 : 2;
 }
 
-// The 256 bytes of weights `ahead` bytes from a step's own.
-template <class V, bool soon>
+// The weights of some channels, `ahead` bytes from a step's own.
+template <class V, bool soon, int channels = kPanel>
 SQPLUS_INLINE void prefetch(const void* own, int64_t ahead) {
-  unroll<4>(SQPLUS_EACH(i) { V::template prefetch<soon>(static_cast<const char*>(own) + ahead + i * 64); });
+  unroll<channels / 16>(SQPLUS_EACH(i) { V::template prefetch<soon>(static_cast<const char*>(own) + ahead + i * 64); });
 }
 
-// One chunk for one block of rows. The first block fetches the next chunk meanwhile; where there is one block, its own weights a little ahead.
+// One chunk for one block of rows. The first block fetches the next chunk meanwhile; where all is one chunk, its own weights a little ahead.
 template <class V, int R>
-SQPLUS_NOINLINE void w8_rows(const W8Tile& t, const int32_t* x, int64_t start, int64_t steps, bool fetch, int32_t* y) {
+SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_t steps, bool fetch, int32_t* y) {
   constexpr int H = vectors_for<V>(R);
-  const int64_t ahead = t.chunk < t.steps ? steps * kPanel * 4 : 4096;
+  const int64_t ahead = t.chunk < t.steps ? steps * kPanel * 4 : 1024;
   for (int from = 0; from < kPanel; from += H * V::width) {
+    const uint8_t* w = t.weight + start * kPanel * 4 + from * 4;
+    const int32_t* x = t.x + start * t.rows + top * steps;
     typename V::Int sum[R * H];
-    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = start == 0 ? V::zero_int() : V::load_int(y + (i / H) * kPanel + from + (i % H) * V::width); });
-    for (int64_t k = 0; k < steps; ++k) {
-      const int8_t* w = t.weight + (start + k) * kPanel * 4 + from * 4;
-      if (fetch && from == 0) prefetch<V, true>(w, ahead);
+    unroll<R * H>(SQPLUS_EACH(i) {
+      sum[i] = start == 0 ? V::broadcast_int(t.first[top + i / H]) : V::load_int(y + (i / H) * kPanel + from + (i % H) * V::width);
+    });
+    for (int64_t k = 0; k < steps; ++k, w += kPanel * 4, x += R) {
+      if (fetch) prefetch<V, true, H * V::width>(w, ahead);
+      typename V::Int weight[H];
+      unroll<H>(SQPLUS_EACH(h) { weight[h] = V::load_int(w + h * V::width * 4); });
       unroll<R>(SQPLUS_EACH(r) {
-        const auto four = V::broadcast_int(x[k * R + r]);
-        // Weights stay in registers where there are 32; elsewhere they are read again, from the first-level cache.
-        const int8_t* again = w;
-        if constexpr (V::width < 16) asm volatile("" : "+r"(again));
-        unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], four, V::load_int(again + h * V::width * 4)); });
+        const auto four = V::broadcast_int(x[r]);
+        unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], weight[h], four); });
       });
     }
     unroll<R * H>(SQPLUS_EACH(i) {
-      constexpr int h = i % H;
-      int32_t* place = y + (i / H) * kPanel + from + h * V::width;
-      if (start + steps < t.steps) {
-        V::store_int(place, sum[i]);
+      int32_t* to = y + (i / H) * kPanel + from + (i % H) * V::width;
+      if (V::saturates || start + steps < t.steps) {
+        V::store_int(to, sum[i]);
       } else {
-        if constexpr (V::unsigned_x) sum[i] = V::subtract(sum[i], V::load_int(t.correction + from + h * V::width));
-        V::store(reinterpret_cast<float*>(place), V::to_float(sum[i]));
+        V::store(reinterpret_cast<float*>(to), V::to_float(sum[i]));
       }
     });
   }
+}
+
+// What Kernels::cut took off of one row, and after the last chunk float32.
+template <class V>
+SQPLUS_NOINLINE void w8_rest(const W8Tile& t, int64_t row, int64_t start, int64_t steps, int32_t* y) {
+  constexpr int H = kPanel / V::width;
+  const int64_t place = start * t.rows + row * steps, cuts = t.cuts[start / t.chunk * t.rows + row];
+  const bool last = start + steps == t.steps;
+  if (cuts == 0 && !last) return;
+  typename V::Int sum[H];
+  unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
+  for (int64_t i = 0; i < cuts; ++i) {
+    const uint8_t* w = t.weight + (start + t.at[place + i]) * kPanel * 4;
+    const auto four = V::broadcast_int(t.rest[place + i]);
+    unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
+  }
+  unroll<H>(SQPLUS_EACH(h) {
+    last ? V::store(reinterpret_cast<float*>(y + h * V::width), V::to_float(sum[h])) : V::store_int(y + h * V::width, sum[h]);
+  });
 }
 
 template <class V>
@@ -59,8 +78,12 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
   for (int64_t start = 0; start < t.steps; start += t.chunk) {
     const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int32_t* x = t.x + start * t.rows + block[b].top * steps;
-      with_rows<V::rows>(block[b].rows, [&](auto r) { w8_rows<V, r>(t, x, start, steps, b == 0, t.y + (block[b].top - block->top) * kPanel); });
+      const auto [top, rows] = block[b];
+      int32_t* y = t.y + (top - block->top) * kPanel;
+      with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t, block[b].top, start, steps, b == 0, y); });
+      if constexpr (V::saturates) {
+        for (int r = 0; r < rows; ++r) w8_rest<V>(t, top + r, start, steps, y + r * kPanel);
+      }
     }
   }
 }
@@ -189,7 +212,7 @@ SQPLUS_NOINLINE void w4a8_rows(const W4Tile& t, int64_t g, const int32_t* of_gro
     typename V::Int sum[R * H];
     unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
     for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 2 * R) {
-      if (fetch && from == 0) prefetch<V, true>(w, 4096);
+      if (fetch) prefetch<V, true, H * V::width>(w, 2048);
       unroll<H>(SQPLUS_EACH(h) {
         const auto packed = V::load_int(w + h * V::width);
         const auto low = V::low_nibbles(packed), high = V::high_nibbles(packed);
@@ -236,7 +259,7 @@ int64_t read_memory(const void* from, int64_t bytes) {
 }
 
 // The accumulators are made known to the compiler as changing, so that nothing is computed once for all iterations.
-template <class V, auto dot4 = V::dot4>
+template <class V>
 int64_t peak_int8(int64_t iterations) {
   constexpr int N = V::accumulators;
   typename V::Int sum[N], x = V::broadcast_int(0x01010101), w = x;
@@ -244,7 +267,7 @@ int64_t peak_int8(int64_t iterations) {
   for (int64_t k = 0; k < iterations; ++k) {
     unroll<N>(SQPLUS_EACH(i) {
       V::touch(x), V::touch(w);
-      sum[i] = dot4(sum[i], x, w);
+      sum[i] = V::dot4(sum[i], w, x);
     });
   }
   unroll<N>(SQPLUS_EACH(i) { V::touch(sum[i]); });
@@ -272,7 +295,7 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   Kernels kernels{};
   kernels.name = name;
   kernels.rows = V::rows;
-  kernels.unsigned_x = V::unsigned_x;
+  kernels.at_once = V::accumulators * V::width / kPanel;
   kernels.w8 = w8<V>;
   kernels.w4 = product;
   kernels.fix = fix;

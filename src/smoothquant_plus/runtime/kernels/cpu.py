@@ -73,7 +73,7 @@ def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
     ops = torch.ops.smoothquant_plus
     rows = len(weight.values)
     if weight.quant.bits == 8:
-        return *ops.cpu_pack_w8(weight.values), weight.scale.reshape(-1).expand(rows).contiguous()
+        return ops.cpu_pack_w8(weight.values), weight.scale.reshape(-1).expand(rows).contiguous()
     # A group whose weights are all zero adds nothing, whatever rounding its two sums leave.
     groups = weight.values.reshape(*weight.scale.shape, -1)
     zero = 0 if weight.zero_point is None else weight.zero_point[..., None]
@@ -98,8 +98,8 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
     y: Tensor
     if scheme.weights.bits == 8:
         assert scheme.inputs is not None
-        weight, correction, scale = prepared
-        y = ops.cpu_w8a8(x, weight, correction, scale, scheme.inputs.strategy == "token", input_scale, bias)
+        weight, scale = prepared
+        y = ops.cpu_w8a8(x, weight, scale, scheme.inputs.strategy == "token", input_scale, bias)
     else:
         rows, packed, scale, *zero_point = prepared
         product = ops.cpu_w4a16 if scheme.inputs is None else ops.cpu_w4a8
@@ -110,7 +110,6 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
 def _fake_w8a8(
     x: Tensor,
     weight: Tensor,
-    correction: Tensor,
     weight_scale: Tensor,
     per_token: bool,
     input_scale: Tensor | None,
