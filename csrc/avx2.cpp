@@ -17,7 +17,7 @@ struct Avx2 {
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
   static constexpr bool saturates = true;
-  static constexpr int fixed_vectors = 2;  // of a panel at once, for two rows of three pieces each
+  static constexpr int fixed_accumulators = 8;
   using Float = __m256;
   using Int = __m256i;
 
@@ -26,6 +26,8 @@ struct Avx2 {
   static SQPLUS_INLINE Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static SQPLUS_INLINE void store_int(int32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static SQPLUS_INLINE Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static SQPLUS_INLINE Int multiply_int(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
 
   static SQPLUS_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
@@ -34,9 +36,7 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
   static SQPLUS_INLINE Float load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static SQPLUS_INLINE Float load_int8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
+  static SQPLUS_INLINE Int load_int8(const int8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   static SQPLUS_INLINE void store(float* p, Float a) { _mm256_storeu_ps(p, a); }
   static SQPLUS_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static SQPLUS_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
@@ -56,7 +56,7 @@ struct Avx2 {
   }
   // Products of nibbles and an int8, pairs of them in 16 bits: as many as there are in `narrow` steps can be added (16 * 15 * 128 < 2^15). As
   // assembly: GCC 12 adds in another order, for which it spills.
-  static constexpr int64_t narrow = 4;
+  static constexpr int narrow = 4;
   static SQPLUS_INLINE Int products(Int nibbles, Int x) { return _mm256_maddubs_epi16(nibbles, x); }
   static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) {
     Int pairs;

@@ -25,7 +25,7 @@ struct Avx512 {
   static constexpr int rows = 6;
   static constexpr int accumulators = 24;
   static constexpr bool saturates = false;
-  static constexpr int fixed_vectors = 4;  // of a panel at once, for two rows of three pieces each
+  static constexpr int fixed_accumulators = 24;
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;
   using Int = emulated::Longs;
@@ -39,6 +39,8 @@ struct Avx512 {
   static SQPLUS_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
   static SQPLUS_INLINE void store_int(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
   static SQPLUS_INLINE Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static SQPLUS_INLINE Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static SQPLUS_INLINE Int multiply_int(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
 
   static SQPLUS_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
@@ -47,9 +49,7 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
   static SQPLUS_INLINE Float load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static SQPLUS_INLINE Float load_int8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
+  static SQPLUS_INLINE Int load_int8(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static SQPLUS_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
   static SQPLUS_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static SQPLUS_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -68,7 +68,7 @@ struct Avx512 {
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm512_and_si512(packed, _mm512_set1_epi32(0x0f0f0f0f)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return low_nibbles(_mm512_srli_epi32(packed, 4)); }
   static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) { return dot4(dot4(sum, low, x), high, y); }
-  static constexpr int64_t narrow = 16;  // 32-bit sums: all steps of a group
+  static constexpr int narrow = 16;  // 32-bit sums: all steps of a group
   static SQPLUS_INLINE Int products(Int nibbles, Int x) { return dot4(zero_int(), nibbles, x); }
   static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) { return dot4(sum, nibbles, x); }
   static SQPLUS_INLINE Int widen(Int sum) { return sum; }

@@ -51,7 +51,7 @@ SQPLUS_INLINE void group(const W4Tile& t, int64_t g, int64_t top, int from, floa
   }
   V::Float both[R * H];
   unroll<R * H>(SQPLUS_EACH(i) { both[i] = _mm512_add_ps(sum[2 * i], sum[2 * i + 1]); });
-  add_group<V, R, H>(t, t.sums + g * t.rows + top, g, from, both, y);
+  add_group<V, R, H>(t, static_cast<const float*>(t.sums) + g * t.rows + top, g, from, both, y);
 }
 
 // For one block of rows nibbles are decoded on the way.

@@ -47,6 +47,8 @@ inline Floats loadu_ps(const float* p) { return as<Floats>(load(p)); }
 inline void storeu_ps(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
 inline void storeu_si512(void* p, Longs a) { std::memcpy(p, &a, sizeof a); }
 inline Longs add_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) + as<Unsigned>(b)); }
+inline Longs sub_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) - as<Unsigned>(b)); }
+inline Longs mullo_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) * as<Unsigned>(b)); }
 inline Longs and_si512(Longs a, Longs b) { return a & b; }
 inline Longs srli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) >> bits); }
 inline Longs slli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) << bits); }
@@ -121,6 +123,7 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_loadu_ps sqplus::emulated::loadu_ps
 #define _mm512_loadu_si512 sqplus::emulated::load
 #define _mm512_mul_ps sqplus::emulated::mul_ps
+#define _mm512_mullo_epi32 sqplus::emulated::mullo_epi32
 #define _mm512_permutexvar_epi16 sqplus::emulated::permutexvar_epi16
 #define _mm512_set1_epi32 sqplus::emulated::set1_epi32
 #define _mm512_set1_ps sqplus::emulated::set1_ps
@@ -130,3 +133,4 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_srli_epi32 sqplus::emulated::srli_epi32
 #define _mm512_storeu_ps sqplus::emulated::storeu_ps
 #define _mm512_storeu_si512 sqplus::emulated::storeu_si512
+#define _mm512_sub_epi32 sqplus::emulated::sub_epi32

@@ -43,19 +43,23 @@ struct W8Tile {
 };
 
 // x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
-// (piece 2 * 256 + piece 1) * 256 + piece 0, of 23 bits and a sign, times a power of two that a row's channels of a group share.
-constexpr int kPieces = 3;
+// (highest * 256 + middle) * 256 + lowest piece, of 23 bits and a sign, times a power of two that a row's channels of a group share. Most lowest pieces
+// of bfloat16 and float16 numbers are zero, so of those two pieces are multiplied, and the others' fours apart.
 constexpr int kFixedRows = 2;  // the most rows of a block of these
 
 struct Fixed {
-  float low, high;  // over the channels of the group: the sums of piece 1 * 256 + piece 0, and of piece 2
-  float unit;       // the power of two; NaN where a number is not finite
+  int32_t high, low;  // over the channels of the group: the sums of highest * 256 + middle pieces, and of lowest ones
+  int32_t rests;      // how many fours of lowest pieces are multiplied apart
+  float unit;         // the power of two; NaN where a number is not finite
 };
 
 struct W4Tile {
   const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
-                             // point the last for each piece
-  const float* sums;         // (groups, rows): the activations of each group added up; in fixed point Fixed
+                             // point the last for each piece, from the highest on
+  const void* sums;          // (groups, rows): the activations of each group added up, float32; in fixed point Fixed
+  int pieces;                // 3, or 2 and
+  const int32_t* rest;       // (groups, rows, fours of the group): lowest pieces that are not zero
+  const int32_t* at;         // and which fours they are
   int64_t rows;              // of all blocks
   int64_t groups;
   int64_t steps;             // of eight input channels, in a group: at most 16
@@ -83,7 +87,7 @@ struct Kernels {
   void (*cut)(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, int32_t* cuts);
   // A group of x, a multiple of 8 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
   // Null where w4 takes float32.
-  void (*fix)(const float* x, int64_t count, int64_t stride, int32_t* to, Fixed*);
+  void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, int32_t* rest, int32_t* at, Fixed*);
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
 

@@ -301,24 +301,26 @@ struct Weight4 {
 
   Weight4(const Kernels& kernels, const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n)
       : kernels(kernels), k(x.sizes().back()), n(n), panels(round_up(n, kPanel) / kPanel), groups(scale.dim() == 3 ? scale.size(1) : 0) {
-    STD_TORCH_CHECK(groups > 0 && k % (groups * 8) == 0 && k / groups <= 128 && packed.numel() == panels * kPanel * k / 8 &&
+    STD_TORCH_CHECK(groups > 0 && k % (groups * 32) == 0 && k / groups <= 128 && packed.numel() == panels * kPanel * k / 8 &&
                         scale.size(0) == panels && (!zero_point || zero_point->numel() == scale.numel()),
                     "the packed weight does not fit x and the scales");
     steps = k / groups / 8;
-    tile = {nullptr, nullptr, rows_of(x), groups, steps, nullptr, type_of(scale), scale.data_ptr(), nullptr, nullptr};
+    tile = {};
+    tile.rows = rows_of(x);
+    tile.groups = groups;
+    tile.steps = steps;
+    tile.scale_type = type_of(scale);
+    tile.scale = scale.data_ptr();
     tile.weight = static_cast<const uint32_t*>(packed.data_ptr());
     tile.zero_point = zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr;
   }
 
-  // y = product of the prepared activations with the weight, times a scale of each row if there are any, + bias.
-  void multiply(const std::vector<Block>& blocks, const int32_t* x, const float* sums, decltype(Kernels::w4) product, const float* row_scales,
-                const float* bias, const Tensor& y) const {
+  // y = product of the prepared activations in `tile` with the weight, times a scale of each row if there are any, + bias.
+  void multiply(const std::vector<Block>& blocks, decltype(Kernels::w4) product, const float* row_scales, const float* bias, const Tensor& y) const {
     for_panels(panels, blocks, [&](int64_t panel, int64_t count, const Block* block) {
       const Panel at(panel, n, count, block);
       const auto result = room<float>(at.rows * kPanel);
       W4Tile t = tile;
-      t.x = x;
-      t.sums = sums;
       t.weight += panel * kPanel * (k / 8);
       t.scale = static_cast<const char*>(t.scale) + panel * groups * kPanel * size_of(t.scale_type);
       if (t.zero_point) t.zero_point += panel * groups * kPanel;
@@ -339,7 +341,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
-  const Weight4 weight(kernels, x, packed, scale, zero_point, n);
+  Weight4 weight(kernels, x, packed, scale, zero_point, n);
   const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, group_size = k / groups;
   const Type type = type_of(x);
   const auto offset = floats_of(kernels, bias, n);
@@ -348,9 +350,13 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
 
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
   const std::vector<Block> blocks = blocks_of(m, fixed ? kFixedRows : kernels.rows);
-  const int64_t of_group = pairs ? group_size / 2 : fixed ? group_size / 4 * kPieces : group_size;  // 32-bit numbers
+  const int pieces = type == Type::kFloat ? 3 : 2;
+  const int64_t fours = group_size / 4, of_group = pairs ? group_size / 2 : fixed ? fours * pieces : group_size;  // 32-bit numbers
   const auto prepared = room<int32_t>(m * groups * of_group);
-  const auto sums = room<float>(m * groups * (fixed ? sizeof(Fixed) / sizeof(float) : 1));
+  const auto sums = room<float>(fixed ? 0 : m * groups);
+  const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
+  const int64_t apart = fixed && pieces == 2 ? m * k / 4 : 0;
+  const auto rest = room<int32_t>(apart), at = room<int32_t>(apart);
   const char* values = static_cast<const char*>(x.data_ptr());
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
@@ -364,7 +370,9 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
           const float* own = row.get() + group * group_size;
           int32_t* to = prepared.get() + (group * m + top) * of_group;
           if (fixed) {
-            kernels.fix(own, group_size, rows * kPieces, to + r * kPieces, reinterpret_cast<Fixed*>(sums.get()) + group * m + top + r);
+            const int64_t place = group * m + top + r;
+            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * fours, at.get() + place * fours,
+                        of_fixed.get() + place);
             continue;
           }
           float sum = 0;
@@ -375,7 +383,12 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
       }
     }
   });
-  weight.multiply(blocks, prepared.get(), sums.get(), pairs ? kernels.w4_bfloat16 : kernels.w4, nullptr, offset.get(), y);
+  weight.tile.x = prepared.get();
+  weight.tile.sums = fixed ? static_cast<const void*>(of_fixed.get()) : sums.get();
+  weight.tile.pieces = pieces;
+  weight.tile.rest = rest.get();
+  weight.tile.at = at.get();
+  weight.multiply(blocks, pairs ? kernels.w4_bfloat16 : kernels.w4, nullptr, offset.get(), y);
   return y;
 }
 
@@ -385,7 +398,7 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
-  const Weight4 weight(kernels, x, packed, scale, zero_point, n);
+  Weight4 weight(kernels, x, packed, scale, zero_point, n);
   const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, of_group = k / groups / 4;
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
@@ -411,7 +424,9 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
       }
     }
   }
-  weight.multiply(blocks, integers.get(), sums.get(), kernels.w4a8, scales.data(), offset.get(), y);
+  weight.tile.x = integers.get();
+  weight.tile.sums = sums.get();
+  weight.multiply(blocks, kernels.w4a8, scales.data(), offset.get(), y);
   return y;
 }
 

@@ -52,8 +52,8 @@ struct Portable {
   static SQPLUS_INLINE Float load_half(const uint16_t* p) {
     return each([&](int i) { return from_half(p[i]); });
   }
-  static SQPLUS_INLINE Float load_int8(const int8_t* p) {
-    return each([&](int i) { return static_cast<float>(p[i]); });
+  static SQPLUS_INLINE Int load_int8(const int8_t* p) {
+    return each<Int>([&](int i) { return p[i]; });
   }
   static SQPLUS_INLINE void store(float* p, const Float& a) { __builtin_memcpy(p, a.v, sizeof a.v); }
   static SQPLUS_INLINE Float add(const Float& a, const Float& b) {

@@ -101,7 +101,7 @@ SQPLUS_INLINE typename V::Float scale_at(const W4Tile& t, int64_t i) {
 template <class V>
 SQPLUS_INLINE typename V::Float zero_at(const W4Tile& t, int64_t i) {
   const auto eight = V::broadcast(8.0f);
-  return t.zero_point ? V::add(V::load_int8(t.zero_point + i), eight) : eight;
+  return t.zero_point ? V::add(V::to_float(V::load_int8(t.zero_point + i)), eight) : eight;
 }
 
 // y += (sum - zero * sums of the activations) * scale, for group g, R rows and H vectors from channel `from` on.
@@ -182,7 +182,7 @@ void w4_many(const W4Tile& t, int64_t g, const float* of_group, int64_t blocks, 
     for (int64_t b = 0; b < blocks; ++b) {
       with_rows<V::rows>(block[b].rows, [&](auto rows) {
         const int64_t top = block[b].top;
-        w4_decoded<V, rows>(t, g, from, decoded, of_group + top * t.steps * 8, t.sums + g * t.rows + top, t.y + (top - block->top) * kPanel);
+        w4_decoded<V, rows>(t, g, from, decoded, of_group + top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + top, t.y + (top - block->top) * kPanel);
       });
     }
   }
@@ -194,7 +194,7 @@ void w4(int64_t blocks, const Block* block, const W4Tile& t) {
     const float* x = static_cast<const float*>(t.x) + g * t.steps * 8 * t.rows;
     if (blocks == 1) {
       with_rows<V::rows>(block->rows, [&](auto r) {
-        w4_one<V, r>(t, g, x + block->top * t.steps * 8, t.sums + g * t.rows + block->top, t.y);
+        w4_one<V, r>(t, g, x + block->top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + block->top, t.y);
       });
     } else {
       w4_many<V>(t, g, x, blocks, block);
@@ -234,7 +234,7 @@ void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
       with_rows<V::rows>(block[b].rows, [&](auto r) {
-        w4a8_rows<V, r>(t, g, x + top * t.steps * 2, t.sums + g * t.rows + top, b == 0, t.y + (top - block->top) * kPanel);
+        w4a8_rows<V, r>(t, g, x + top * t.steps * 2, static_cast<const float*>(t.sums) + g * t.rows + top, b == 0, t.y + (top - block->top) * kPanel);
       });
     }
   }
