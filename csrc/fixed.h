@@ -57,6 +57,11 @@ inline void fix_group(const float* x, int64_t count, int pieces, int64_t stride,
   fixed->unit = as_float(largest >= 0x7f800000 ? 0x7fc00000 : (254 - power) << 23);
 }
 
+template <class V>
+SQPLUS_INLINE void add_to(int32_t* sum, typename V::Int a, bool first) {
+  V::store_int(sum, first ? a : V::add_int(V::load_int(sum), a));
+}
+
 // The sums of a group for R rows: high pieces times nibbles in sums[r][0], the lowest piece in sums[r][1] where P is 3. `weight(k, half, channel)` gives the
 // nibbles of four input channels, one of the halves of step k. Integer sums are exact, so their order does not matter: V::narrow steps at a time, which
 // is what fits in V's first sums, for all of the panel. So weights are read nearly in order.
@@ -88,28 +93,10 @@ SQPLUS_INLINE void fixed_sums(const int32_t* x, int64_t steps, int32_t (&sums)[R
       unroll<R * H>(SQPLUS_EACH(i) {
         constexpr int r = i / H, piece = r * P * H + i % H;
         int32_t* high = sums[r][0] + from + i % H * V::width;
-        V::store_int(high, V::add_int(V::load_int(high), V::widen(sum[piece + H], sum[piece])));
-        if constexpr (P == 3) {
-          int32_t* low = sums[r][1] + from + i % H * V::width;
-          V::store_int(low, V::add_int(V::load_int(low), V::widen(sum[piece + 2 * H])));
-        }
+        add_to<V>(high, V::widen(sum[piece + H], sum[piece]), start == 0);
+        if constexpr (P == 3) add_to<V>(sums[r][1] + from + i % H * V::width, V::widen(sum[piece + 2 * H]), start == 0);
       });
     }
-  }
-}
-
-// y += ((sums of the high pieces * 256 + of the lowest) - zero * the same of the activations) * unit * scale.
-template <class V>
-SQPLUS_INLINE void add_fixed(const W4Tile& t, int64_t g, const Fixed& fixed, const int32_t (&sums)[2][kPanel], bool low, float* y) {
-  for (int from = 0; from < kPanel; from += V::width) {
-    const int64_t i = g * kPanel + from;
-    const auto zero = t.zero_point ? V::add_int(V::load_int8(t.zero_point + i), V::broadcast_int(8)) : V::broadcast_int(8);
-    const auto shifted = [&](const int32_t* sum, int32_t of_x) __attribute__((always_inline)) {
-      return V::to_float(V::subtract(V::load_int(sum + from), V::multiply_int(zero, V::broadcast_int(of_x))));
-    };
-    const auto rest = low ? shifted(sums[1], fixed.low) : V::broadcast(0.0f);
-    const auto total = V::multiply(V::fma(shifted(sums[0], fixed.high), V::broadcast(256.0f), rest), V::broadcast(fixed.unit));
-    V::store(y + from, V::fma(total, scale_at<V>(t, i), g == 0 ? V::broadcast(0.0f) : V::load(y + from)));
   }
 }
 
@@ -117,26 +104,42 @@ SQPLUS_INLINE void add_fixed(const W4Tile& t, int64_t g, const Fixed& fixed, con
 template <class V, class Weight>
 SQPLUS_INLINE void add_rests(const int32_t* rest, const int32_t* at, int64_t rests, int32_t* sums, Weight&& weight) {
   constexpr int H = kPanel / V::width;
-  for (int64_t i = 0; i < rests;) {
+  for (int64_t start = 0; start < rests; start += 2 * V::narrow) {
     typename V::Int sum[H];
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::zero_int(); });
-    for (const int64_t end = rests - i < 2 * V::narrow ? rests : i + 2 * V::narrow; i < end; ++i) {
+    for (int64_t i = start; i < rests && i < start + 2 * V::narrow; ++i) {
       const auto four = V::broadcast_int(rest[i]);
       unroll<H>(SQPLUS_EACH(h) { sum[h] = V::add_products(sum[h], weight(at[i] / 2, at[i] % 2, h * V::width), four); });
     }
-    unroll<H>(SQPLUS_EACH(h) { V::store_int(sums + h * V::width, V::add_int(V::load_int(sums + h * V::width), V::widen(sum[h]))); });
+    unroll<H>(SQPLUS_EACH(h) { add_to<V>(sums + h * V::width, V::widen(sum[h]), start == 0); });
   }
 }
 
+// y += ((sums of the high pieces * 256 + of the lowest) - zero * the same of the activations) * unit * scale.
 template <class V, int R, int P, class Weight>
 SQPLUS_INLINE void fixed_group(const W4Tile& t, int64_t g, int64_t top, float* y, Weight&& weight) {
-  alignas(64) int32_t sums[R][2][kPanel] = {};
+  alignas(64) int32_t sums[R][2][kPanel];
   fixed_sums<V, R, P>(static_cast<const int32_t*>(t.x) + (g * t.rows + top) * t.steps * 2 * P, t.steps, sums, weight);
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = g * t.rows + top + r;
-    const Fixed& fixed = static_cast<const Fixed*>(t.sums)[row];
-    if (P == 2 && fixed.rests > 0) add_rests<V>(t.rest + row * t.steps * 2, t.at + row * t.steps * 2, fixed.rests, sums[r][1], weight);
-    add_fixed<V>(t, g, fixed, sums[r], P == 3 || fixed.rests > 0, y + r * kPanel);
+  const Fixed* fixed = static_cast<const Fixed*>(t.sums) + g * t.rows + top;
+  if constexpr (P == 2) {
+    for (int r = 0; r < R; ++r) {
+      const int64_t place = (g * t.rows + top + r) * t.steps * 2;
+      add_rests<V>(t.rest + place, t.at + place, fixed[r].rests, sums[r][1], weight);
+    }
+  }
+  for (int from = 0; from < kPanel; from += V::width) {
+    const int64_t i = g * kPanel + from;
+    const auto scale = scale_at<V>(t, i);
+    const auto zero = t.zero_point ? V::add_int(V::load_int8(t.zero_point + i), V::broadcast_int(8)) : V::broadcast_int(8);
+    const auto shifted = [&](const int32_t* sum, int32_t of_x) __attribute__((always_inline)) {
+      return V::to_float(V::subtract(V::load_int(sum + from), V::multiply_int(zero, V::broadcast_int(of_x))));
+    };
+    unroll<R>(SQPLUS_EACH(r) {
+      const auto low = P == 3 || fixed[r].rests > 0 ? shifted(sums[r][1], fixed[r].low) : V::broadcast(0.0f);
+      const auto total = V::multiply(V::fma(shifted(sums[r][0], fixed[r].high), V::broadcast(256.0f), low), V::broadcast(fixed[r].unit));
+      float* place = y + r * kPanel + from;
+      V::store(place, V::fma(total, scale, g == 0 ? V::broadcast(0.0f) : V::load(place)));
+    });
   }
 }
 
@@ -144,6 +147,8 @@ template <class V>
 SQPLUS_INLINE typename V::Int half_of(typename V::Int packed, bool high) {
   return high ? V::high_nibbles(packed) : V::low_nibbles(packed);
 }
+
+constexpr int64_t kFewBlocks = 4;
 
 // Few blocks of rows: each takes nibbles out on the way. The first one fetches weights a little ahead.
 template <class V, int R, int P>
@@ -180,12 +185,12 @@ template <class V, int P>
 void w4_fixed_in(int64_t blocks, const Block* block, const W4Tile& t) {
   alignas(64) int32_t nibbles[16 * 2 * kPanel];
   for (int64_t g = 0; g < t.groups; ++g) {
-    if (blocks > 2) take_nibbles<V>(t, g, nibbles);
+    if (blocks > kFewBlocks) take_nibbles<V>(t, g, nibbles);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
       float* y = t.y + (top - block->top) * kPanel;
       with_rows<kFixedRows>(block[b].rows, [&](auto r) {
-        blocks > 2 ? fixed_of_many<V, r, P>(t, g, top, nibbles, y) : fixed_of_few<V, r, P>(t, g, top, b == 0, y);
+        blocks > kFewBlocks ? fixed_of_many<V, r, P>(t, g, top, nibbles, y) : fixed_of_few<V, r, P>(t, g, top, b == 0, y);
       });
     }
   }
