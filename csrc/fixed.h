@@ -189,7 +189,7 @@ void w4_fixed_in(int64_t blocks, const Block* block, const W4Tile& t) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
       float* y = t.y + (top - block->top) * kPanel;
-      with_rows<kFixedRows>(block[b].rows, [&](auto r) {
+      with_rows<fixed_rows(P)>(block[b].rows, [&](auto r) {
         blocks > kFewBlocks ? fixed_of_many<V, r, P>(t, g, top, nibbles, y) : fixed_of_few<V, r, P>(t, g, top, b == 0, y);
       });
     }

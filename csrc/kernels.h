@@ -45,7 +45,7 @@ struct W8Tile {
 // x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
 // (highest * 256 + middle) * 256 + lowest piece, of 23 bits and a sign, times a power of two that a row's channels of a group share. Most lowest pieces
 // of bfloat16 and float16 numbers are zero, so of those two pieces are multiplied, and the others' fours apart.
-constexpr int kFixedRows = 2;  // the most rows of a block of these
+constexpr int fixed_rows(int pieces) { return pieces == 2 ? 3 : 2; }  // the most rows of a block of these
 
 struct Fixed {
   int32_t high, low;  // over the channels of the group: the sums of highest * 256 + middle pieces, and of lowest ones

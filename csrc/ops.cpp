@@ -349,8 +349,8 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   if (m == 0 || n == 0) return y;
 
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
-  const std::vector<Block> blocks = blocks_of(m, fixed ? kFixedRows : kernels.rows);
   const int pieces = type == Type::kFloat ? 3 : 2;
+  const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : kernels.rows);
   const int64_t fours = group_size / 4, of_group = pairs ? group_size / 2 : fixed ? fours * pieces : group_size;  // 32-bit numbers
   const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(fixed ? 0 : m * groups);
