@@ -56,14 +56,12 @@ SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_
 
 // What Kernels::cut took off of one row, and after the last chunk float32.
 template <class V>
-SQPLUS_NOINLINE void w8_rest(const W8Tile& t, int64_t row, int64_t start, int64_t steps, int32_t* y) {
+SQPLUS_NOINLINE void w8_rest(const W8Tile& t, int64_t row, int64_t start, int64_t steps, int32_t cuts, bool last, int32_t* y) {
   constexpr int H = kPanel / V::width;
-  const int64_t place = start * t.rows + row * steps, cuts = t.cuts[start / t.chunk * t.rows + row];
-  const bool last = start + steps == t.steps;
-  if (cuts == 0 && !last) return;
+  const int64_t place = start * t.rows + row * steps;
   typename V::Int sum[H];
   unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
-  for (int64_t i = 0; i < cuts; ++i) {
+  for (int32_t i = 0; i < cuts; ++i) {
     const uint8_t* w = t.weight + (start + t.at[place + i]) * kPanel * 4;
     const auto four = V::broadcast_int(t.rest[place + i]);
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
@@ -75,14 +73,17 @@ SQPLUS_NOINLINE void w8_rest(const W8Tile& t, int64_t row, int64_t start, int64_
 
 template <class V>
 void w8(int64_t blocks, const Block* block, const W8Tile& t) {
-  for (int64_t start = 0; start < t.steps; start += t.chunk) {
+  for (int64_t start = 0, chunk = 0; start < t.steps; start += t.chunk, ++chunk) {
     const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
+    const bool last = start + steps == t.steps;
     for (int64_t b = 0; b < blocks; ++b) {
       const auto [top, rows] = block[b];
       int32_t* y = t.y + (top - block->top) * kPanel;
       with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t, block[b].top, start, steps, b == 0, y); });
       if constexpr (V::saturates) {
-        for (int r = 0; r < rows; ++r) w8_rest<V>(t, top + r, start, steps, y + r * kPanel);
+        for (int r = 0; r < rows; ++r) {
+          if (const int32_t count = t.cuts[chunk * t.rows + top + r]; count > 0 || last) w8_rest<V>(t, top + r, start, steps, count, last, y + r * kPanel);
+        }
       }
     }
   }
