@@ -17,7 +17,7 @@ struct Avx2 {
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
   static constexpr bool saturates = true;
-  static constexpr int fixed_accumulators = 8;
+  static constexpr int fixed_accumulators = 8;  // six sums take 12 all the same
   using Float = __m256;
   using Int = __m256i;
 
@@ -78,8 +78,8 @@ struct Avx2 {
 
 // 255 (x + x') leaves 16 bits where two neighbours of one sign add up to more than 128: such a four becomes x = (x + 1) / 2, rounded down, and the rest.
 // So nothing is lost, whatever x is.
-void cut_pairs(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, int32_t* cuts) {
-  std::memset(cuts, 0, rows * sizeof *cuts);
+void cut_pairs(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests) {
+  std::memset(rests, 0, rows * sizeof *rests);
   for (int64_t i = 0; i < steps * rows; i += 8) {
     int32_t last[8] = {};
     const bool whole = i + 8 <= steps * rows;
@@ -97,9 +97,9 @@ void cut_pairs(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, 
         four[j] = static_cast<int8_t>(half);
       }
       std::memcpy(x + found, four, 4);
-      const int64_t place = row * steps + cuts[row]++;
-      std::memcpy(rest + place, other, 4);
-      at[place] = static_cast<int32_t>(found / rows);
+      Rest& own = rest[row * steps + rests[row]++];
+      std::memcpy(&own.four, other, 4);
+      own.at = static_cast<int32_t>(found / rows);
     }
   }
 }

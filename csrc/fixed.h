@@ -12,10 +12,10 @@
 namespace sqplus {
 namespace {
 
-// The largest magnitude decides the power of two: it becomes 2^22 or more, and less than 2^23 - 2^16, so that no piece is above 127. Rounding to integers
-// changes a number by 2^-23 of the largest magnitude at most. Where all are below 2^-104, whose power of two float32 does not have, they are rounded to
+// The largest magnitude decides the power of two: it becomes 2^22 - 2^15 or more, and less than 2^23 - 2^16, so that no piece is above 127. Rounding to
+// integers changes a number by about 2^-23 of the largest magnitude at most. Where all are below 2^-104, whose power of two float32 does not have, they are rounded to
 // multiples of 2^-126.
-inline void fix_group(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, int32_t* rest, int32_t* at, Fixed* fixed) {
+inline void fix_group(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed* fixed) {
   const uint32_t largest = as_bits(absolute_maximum_of(x, count)), exponent = (largest + (1 << 17)) >> 23;
   const uint32_t power = exponent > 22 ? 276 - exponent : 253;
   const __m256 up = _mm256_set1_ps(as_float(power << 23));
@@ -39,8 +39,7 @@ inline void fix_group(const float* x, int64_t count, int pieces, int64_t stride,
       if (pieces == 3) {
         to[half * stride + 2] = last;
       } else if (last != 0) {
-        rest[rests] = last;
-        at[rests++] = static_cast<int32_t>(i / 4 + half);
+        rest[rests++] = {last, static_cast<int32_t>(i / 4 + half)};
       }
     });
   }
@@ -67,7 +66,7 @@ SQPLUS_INLINE void add_to(int32_t* sum, typename V::Int a, bool first) {
 // is what fits in V's first sums, for all of the panel. So weights are read nearly in order.
 template <class V, int R, int P, class Weight>
 SQPLUS_INLINE void fixed_sums(const int32_t* x, int64_t steps, int32_t (&sums)[R][2][kPanel], Weight&& weight) {
-  constexpr int most = kPanel / V::width, room = V::fixed_accumulators / (R * P), H = room >= most ? most : room >= 4 ? 4 : 2;
+  constexpr int H = vectors_for<V>(R * P, V::fixed_accumulators);
   constexpr bool short_sums = V::narrow == 4;
   for (int64_t start = 0; start < steps; start += V::narrow) {
     const int64_t end = short_sums || start + V::narrow < steps ? start + V::narrow : steps;
@@ -102,14 +101,14 @@ SQPLUS_INLINE void fixed_sums(const int32_t* x, int64_t steps, int32_t (&sums)[R
 
 // Two pieces of everything, and of the third what is not zero: in bfloat16 that is what is 128 times smaller than the group's largest activation.
 template <class V, class Weight>
-SQPLUS_INLINE void add_rests(const int32_t* rest, const int32_t* at, int64_t rests, int32_t* sums, Weight&& weight) {
+SQPLUS_INLINE void add_rests(const Rest* rest, int64_t rests, int32_t* sums, Weight&& weight) {
   constexpr int H = kPanel / V::width;
   for (int64_t start = 0; start < rests; start += 2 * V::narrow) {
     typename V::Int sum[H];
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::zero_int(); });
     for (int64_t i = start; i < rests && i < start + 2 * V::narrow; ++i) {
-      const auto four = V::broadcast_int(rest[i]);
-      unroll<H>(SQPLUS_EACH(h) { sum[h] = V::add_products(sum[h], weight(at[i] / 2, at[i] % 2, h * V::width), four); });
+      const auto four = V::broadcast_int(rest[i].four);
+      unroll<H>(SQPLUS_EACH(h) { sum[h] = V::add_products(sum[h], weight(rest[i].at / 2, rest[i].at % 2, h * V::width), four); });
     }
     unroll<H>(SQPLUS_EACH(h) { add_to<V>(sums + h * V::width, V::widen(sum[h]), start == 0); });
   }
@@ -123,8 +122,7 @@ SQPLUS_INLINE void fixed_group(const W4Tile& t, int64_t g, int64_t top, float* y
   const Fixed* fixed = static_cast<const Fixed*>(t.sums) + g * t.rows + top;
   if constexpr (P == 2) {
     for (int r = 0; r < R; ++r) {
-      const int64_t place = (g * t.rows + top + r) * t.steps * 2;
-      add_rests<V>(t.rest + place, t.at + place, fixed[r].rests, sums[r][1], weight);
+      add_rests<V>(t.rest + (g * t.rows + top + r) * t.steps * 2, fixed[r].rests, sums[r][1], weight);
     }
   }
   for (int from = 0; from < kPanel; from += V::width) {

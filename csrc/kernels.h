@@ -29,6 +29,12 @@ struct Block {
   int rows;
 };
 
+// What was taken off of a row's four activations (int8), and is multiplied apart.
+struct Rest {
+  int32_t four;
+  int32_t at;  // of which step, in a chunk (W8), or which of a group's fours (W4)
+};
+
 struct W8Tile {
   const int32_t* x;       // (chunks, blocks, steps of the chunk, rows of the block): four int8 activations each
   int64_t rows;           // of all blocks
@@ -36,15 +42,14 @@ struct W8Tile {
   int64_t chunk;          // steps, at most
   const uint8_t* weight;  // one panel
   const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much
-  const int32_t* rest;    // (chunks, rows, steps of the chunk): what Kernels::cut, where there is one, took off of each row's fours
-  const int32_t* at;      // and of which steps of the chunk
-  const int32_t* cuts;    // (chunks, rows): how many those are
+  const Rest* rest;       // (chunks, rows, steps of the chunk): by Kernels::cut, where there is one
+  const int32_t* rests;   // (chunks, rows): how many
   int32_t* y;             // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
 // x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
 // (highest * 256 + middle) * 256 + lowest piece, of 23 bits and a sign, times a power of two that a row's channels of a group share. Most lowest pieces
-// of bfloat16 and float16 numbers are zero, so of those two pieces are multiplied, and the others' fours apart.
+// of bfloat16 and float16 numbers are zero, so of those two pieces are multiplied, and fours of the lowest where one is not zero apart.
 constexpr int fixed_rows(int pieces) { return pieces == 2 ? 3 : 2; }  // the most rows of a block of these
 
 struct Fixed {
@@ -58,11 +63,10 @@ struct W4Tile {
                              // point the last for each piece, from the highest on
   const void* sums;          // (groups, rows): the activations of each group added up, float32; in fixed point Fixed
   int pieces;                // 3, or 2 and
-  const int32_t* rest;       // (groups, rows, fours of the group): lowest pieces that are not zero
-  const int32_t* at;         // and which fours they are
+  const Rest* rest;          // (groups, rows, fours of the group)
   int64_t rows;              // of all blocks
   int64_t groups;
-  int64_t steps;             // of eight input channels, in a group: at most 16
+  int64_t steps;             // of eight input channels, in a group: 4, 8, 12 or 16
   const uint32_t* weight;    // one panel
   Type scale_type;
   const void* scale;         // (groups, 64)
@@ -84,10 +88,10 @@ struct Kernels {
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
   int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
   // For products that saturate: cuts fours that could in two, of a block's x of one chunk. Null where none do.
-  void (*cut)(int64_t steps, int rows, int32_t* x, int32_t* rest, int32_t* at, int32_t* cuts);
-  // A group of x, a multiple of 8 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
+  void (*cut)(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests);
+  // A group of x, a multiple of 32 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
   // Null where w4 takes float32.
-  void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, int32_t* rest, int32_t* at, Fixed*);
+  void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed*);
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
 

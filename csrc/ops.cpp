@@ -175,15 +175,18 @@ struct InputScales {
   }
 };
 
-// Rows of x as integers, in parts of `part` steps of four channels: (parts, blocks, steps of the part, rows of the block). `four` takes a row
-// of int8 and a step. Also what each row adds up to.
+// Rows of x as integers.
+struct Integers {
+  std::unique_ptr<int32_t[]> fours;  // (parts, blocks, steps of the part, rows of the block): four channels each
+  std::vector<int32_t> sums;         // (parts, rows)
+};
+
+// In parts of `part` steps of four channels. `four` takes a row of int8 and a step.
 template <class Four>
-std::pair<std::unique_ptr<int32_t[]>, std::vector<int32_t>> integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part,
-                                                                        const std::vector<float>& scales, const std::vector<Block>& blocks,
-                                                                        Four&& four) {
+Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part, const std::vector<float>& scales,
+                     const std::vector<Block>& blocks, Four&& four) {
   const int64_t m = scales.size();
-  auto integers = room<int32_t>(m * steps);
-  std::vector<int32_t> sums(m);
+  Integers made{room<int32_t>(m * steps), std::vector<int32_t>((steps + part - 1) / part * m)};
   const char* values = static_cast<const char*>(x.data_ptr());
   const Type type = type_of(x);
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
@@ -193,16 +196,16 @@ std::pair<std::unique_ptr<int32_t[]>, std::vector<int32_t>> integers_of(const Ke
       const Block& block = blocks[b];
       for (int r = 0; r < block.rows; ++r) {
         kernels.read(type, values + (block.top + r) * k * size_of(type), k, floats.get());
-        sums[block.top + r] = kernels.quantize(floats.get(), k, scales[block.top + r], row.data());
         for (int64_t start = 0; start < steps; start += part) {
-          const int64_t count = std::min(part, steps - start);
-          int32_t* to = integers.get() + start * m + block.top * count + r;
+          const int64_t count = std::min(part, steps - start), at = block.top + r;
+          made.sums[start / part * m + at] = kernels.quantize(floats.get() + start * 4, std::min(count * 4, k - start * 4), scales[at], row.data() + start * 4);
+          int32_t* to = made.fours.get() + start * m + block.top * count + r;
           for (int64_t step = 0; step < count; ++step) to[step * block.rows] = four(row.data(), start + step);
         }
       }
     }
   });
-  return {std::move(integers), std::move(sums)};
+  return made;
 }
 
 // Calls work(panel, blocks, first block) for all panels and blocks of rows, in parallel.
@@ -246,8 +249,10 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = *chosen;
   const int64_t k = x.sizes().back(), m = rows_of(x), n = weight_scale.numel(), steps = round_up(k, 4) / 4;
-  STD_TORCH_CHECK(packed.numel() == round_up(n, kPanel) * steps * 4, "the packed weight does not fit x and the scales");
-  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && (!input_scale || input_scale->scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps * 4,
+                  "the packed weight does not fit x and the scales");
+  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.is_contiguous() &&
+                      (!input_scale || input_scale->scalar_type() == ScalarType::Float),
                   "float32 scales are needed");
   const Type type = type_of(x);
   const auto offset = floats_of(kernels, bias, n);
@@ -257,21 +262,22 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   const std::vector<Block> blocks = blocks_of(m, kernels.rows);
   const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : std::clamp<int64_t>(m, 8, kChunk);
   const auto scales = InputScales{per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr}(kernels, x, m, k);
-  auto [integers, first] = integers_of(kernels, x, k, steps, chunk, scales, blocks, [](const int8_t* row, int64_t step) {
+  const Integers integers = integers_of(kernels, x, k, steps, chunk, scales, blocks, [](const int8_t* row, int64_t step) {
     int32_t four;
     std::memcpy(&four, row + step * 4, 4);
     return four;
   });
-  for (int32_t& sum : first) sum *= -128;
-  const int64_t chunks = (steps + chunk - 1) / chunk, cut = kernels.cut ? m * steps : 0;
-  const auto rest = room<int32_t>(cut), at = room<int32_t>(cut), cuts = room<int32_t>(kernels.cut ? chunks * m : 0);
+  std::vector<int32_t> first(m);
+  for (size_t i = 0; i < integers.sums.size(); ++i) first[i % m] -= 128 * integers.sums[i];
+  const auto rest = room<Rest>(kernels.cut ? m * steps : 0);
+  const auto rests = room<int32_t>(kernels.cut ? (steps + chunk - 1) / chunk * m : 0);
   if (kernels.cut) {
     parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const auto [top, rows] = blocks[b];
         for (int64_t start = 0; start < steps; start += chunk) {
           const int64_t count = std::min(chunk, steps - start), place = start * m + top * count;
-          kernels.cut(count, rows, integers.get() + place, rest.get() + place, at.get() + place, cuts.get() + start / chunk * m + top);
+          kernels.cut(count, rows, integers.fours.get() + place, rest.get() + place, rests.get() + start / chunk * m + top);
         }
       }
     });
@@ -281,12 +287,10 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   const float* of_channel = static_cast<const float*>(weight_scale.data_ptr());
   for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
     const Panel own(panel, n, count, block);
-    const auto sums = room<int32_t>(own.rows * kPanel);
-    std::fill_n(sums.get(), own.rows * kPanel, 0);  // K may be 0
-    kernels.w8(count, block, {integers.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), at.get(), cuts.get(),
-                             sums.get()});
+    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
+    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.get(), sums.data()});
     for (int64_t r = 0; r < own.rows; ++r) {
-      kernels.write(type, reinterpret_cast<const float*>(sums.get()) + r * kPanel, own.channels, scales[own.top + r], of_channel + own.first,
+      kernels.write(type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, scales[own.top + r], of_channel + own.first,
                     offset ? offset.get() + own.first : nullptr, own.row(y, r));
     }
   });
@@ -301,8 +305,11 @@ struct Weight4 {
 
   Weight4(const Kernels& kernels, const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n)
       : kernels(kernels), k(x.sizes().back()), n(n), panels(round_up(n, kPanel) / kPanel), groups(scale.dim() == 3 ? scale.size(1) : 0) {
-    STD_TORCH_CHECK(groups > 0 && k % (groups * 32) == 0 && k / groups <= 128 && packed.numel() == panels * kPanel * k / 8 &&
-                        scale.size(0) == panels && (!zero_point || zero_point->numel() == scale.numel()),
+    STD_TORCH_CHECK(groups > 0 && k > 0 && k % (groups * 32) == 0 && k / groups <= 128 && packed.scalar_type() == ScalarType::Int &&
+                        packed.is_contiguous() && packed.numel() == panels * kPanel * k / 8 && scale.is_contiguous() &&
+                        scale.numel() == panels * groups * kPanel &&
+                        (!zero_point || (zero_point->scalar_type() == ScalarType::Char && zero_point->is_contiguous() &&
+                                         zero_point->numel() == scale.numel())),
                     "the packed weight does not fit x and the scales");
     steps = k / groups / 8;
     tile = {};
@@ -355,8 +362,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(fixed ? 0 : m * groups);
   const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
-  const int64_t apart = fixed && pieces == 2 ? m * k / 4 : 0;
-  const auto rest = room<int32_t>(apart), at = room<int32_t>(apart);
+  const auto rest = room<Rest>(fixed ? m * k / 4 : 0);
   const char* values = static_cast<const char*>(x.data_ptr());
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
@@ -371,8 +377,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
           int32_t* to = prepared.get() + (group * m + top) * of_group;
           if (fixed) {
             const int64_t place = group * m + top + r;
-            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * fours, at.get() + place * fours,
-                        of_fixed.get() + place);
+            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * fours, of_fixed.get() + place);
             continue;
           }
           float sum = 0;
@@ -387,7 +392,6 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   weight.tile.sums = fixed ? static_cast<const void*>(of_fixed.get()) : sums.get();
   weight.tile.pieces = pieces;
   weight.tile.rest = rest.get();
-  weight.tile.at = at.get();
   weight.multiply(blocks, pairs ? kernels.w4_bfloat16 : kernels.w4, nullptr, offset.get(), y);
   return y;
 }
@@ -406,26 +410,16 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
 
   const std::vector<Block> blocks = blocks_of(m, kernels.rows);
   const auto scales = InputScales{true, nullptr}(kernels, x, m, k);
-  const auto integers = integers_of(kernels, x, k, k / 4, of_group, scales, blocks, [](const int8_t* row, int64_t step) {
+  const Integers integers = integers_of(kernels, x, k, k / 4, of_group, scales, blocks, [](const int8_t* row, int64_t step) {
     int8_t four[4];
     for (int i = 0; i < 4; ++i) four[i] = row[step / 2 * 8 + kByteOrder[step % 2 * 4 + i]];
     int32_t together;
     std::memcpy(&together, four, 4);
     return together;
-  }).first;
-  const auto sums = room<float>(m * groups);
-  for (const auto& [top, rows] : blocks) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int8_t* of_block = reinterpret_cast<const int8_t*>(integers.get() + (group * m + top) * of_group);
-      for (int r = 0; r < rows; ++r) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < of_group * 4; ++i) sum += of_block[(i / 4 * rows + r) * 4 + i % 4];
-        sums[group * m + top + r] = static_cast<float>(sum);
-      }
-    }
-  }
-  weight.tile.x = integers.get();
-  weight.tile.sums = sums.get();
+  });
+  const std::vector<float> sums(integers.sums.begin(), integers.sums.end());
+  weight.tile.x = integers.fours.get();
+  weight.tile.sums = sums.data();
   weight.multiply(blocks, kernels.w4a8, scales.data(), offset.get(), y);
   return y;
 }

@@ -8,11 +8,11 @@
 namespace sqplus {
 namespace {
 
-// How many vectors of a panel are worked on at once: as many as there are registers for accumulators.
+// How many vectors of a panel are worked on at once, when each takes so many accumulators: as many as there are registers for, and two at least.
 template <class V>
-constexpr int vectors_for(int rows) {
+constexpr int vectors_for(int sums, int accumulators = V::accumulators) {
   constexpr int all = kPanel / V::width;
-  const int room = V::accumulators / rows;
+  const int room = accumulators / sums;
   return room >= all ? all : room >= 4 ? 4 : 2;
 }
 
@@ -56,14 +56,13 @@ SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_
 
 // What Kernels::cut took off of one row, and after the last chunk float32.
 template <class V>
-SQPLUS_NOINLINE void w8_rest(const W8Tile& t, int64_t row, int64_t start, int64_t steps, int32_t cuts, bool last, int32_t* y) {
+SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, int64_t start, bool last, int32_t* y) {
   constexpr int H = kPanel / V::width;
-  const int64_t place = start * t.rows + row * steps;
   typename V::Int sum[H];
   unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
-  for (int32_t i = 0; i < cuts; ++i) {
-    const uint8_t* w = t.weight + (start + t.at[place + i]) * kPanel * 4;
-    const auto four = V::broadcast_int(t.rest[place + i]);
+  for (int32_t i = 0; i < rests; ++i) {
+    const uint8_t* w = t.weight + (start + rest[i].at) * kPanel * 4;
+    const auto four = V::broadcast_int(rest[i].four);
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
   }
   unroll<H>(SQPLUS_EACH(h) {
@@ -82,7 +81,9 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
       with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t, block[b].top, start, steps, b == 0, y); });
       if constexpr (V::saturates) {
         for (int r = 0; r < rows; ++r) {
-          if (const int32_t count = t.cuts[chunk * t.rows + top + r]; count > 0 || last) w8_rest<V>(t, top + r, start, steps, count, last, y + r * kPanel);
+          const int32_t rests = t.rests[chunk * t.rows + top + r];
+          const Rest* rest = t.rest + start * t.rows + (top + r) * steps;
+          if (rests > 0 || last) w8_rest<V>(t, rest, rests, start, last, y + r * kPanel);
         }
       }
     }

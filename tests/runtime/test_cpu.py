@@ -141,6 +141,30 @@ def test_w4a16_is_as_accurate_as_float32_sums(kind: str, scheme: Scheme, level: 
     assert ours.norm() <= 1.25 * errors().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", GROUPED, ids=lambda s: f"{s.weights.group_size}-{s.weights.symmetric}")
+def test_w4a16_takes_small_activations_beside_large_ones(scheme: Scheme, dtype: torch.dtype, level: str) -> None:
+    """To the bit as in float32, which all are multiplied in where half precision leaves out zeros. Each group's first channel is 2^14 and its weight
+    zero, so that the rest is what the lowest bits say."""
+    if level == "avx512_bf16" and dtype == torch.bfloat16:
+        pytest.skip("multiplies bfloat16 numbers as they are")
+    k, size = 384, scheme.weights.group_size
+    assert size is not None
+    weight = grouped_weight(scheme, 70, k, torch.float32)
+    groups = weight.values.reshape(70, -1, size)
+    groups[1, :, 1:] = 7
+    groups[:, :, 0] = 0 if weight.zero_point is None else weight.zero_point
+    layer = QuantLinear(weight, scheme, backend="cpu")
+    for m in (1, 2, 3, 7, 20):
+        x = torch.randn(m, k // size, size)
+        x[0] = 0.5  # their lowest pieces are all -128
+        x[:, :, 0] = 2.0**14
+        x = x.reshape(m, k).to(dtype)
+        assert torch.equal(layer(x), layer(x.float()).to(dtype))
+        error = layer(x.float()) - x.double() @ dequantize(weight).double().t()
+        assert (error.abs() <= 2.0**-8 * dequantize(weight).abs().sum(1)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", [INT8[0], INT8[2], GROUPED[0], with_arithmetic(GROUPED[0], "w4a8")], ids=lambda s: s.name)
 def test_a_row_depends_neither_on_other_rows_nor_on_threads(scheme: Scheme, dtype: torch.dtype, level: str) -> None:
@@ -289,6 +313,8 @@ def test_ops_refuse_what_does_not_fit() -> None:
         (x, weight, scale, True, None, torch.randn(19)),
         (x.int(), weight, scale, True, None, None),
         (torch.tensor(1.0), weight, scale, True, None, None),
+        (x, weight.view(torch.int8), scale, True, None, None),
+        (x, weight, scale[:1].expand(20), True, None, None),
     ):
         with pytest.raises(RuntimeError):
             OPS.cpu_w8a8(*arguments)
@@ -300,6 +326,8 @@ def test_ops_refuse_what_does_not_fit() -> None:
         (x, packed, scale, zero_point[:, :, :3], None, 20),
         (x, packed, scale, zero_point, torch.randn(19), 20),
         (x, packed, scale, zero_point, None, 100),
+        (x, packed, scale[:, :, :1], None, None, 20),
+        (torch.randn(3, 0), packed[:0], scale, zero_point, None, 20),
     ):
         with pytest.raises(RuntimeError):
             OPS.cpu_w4a16(*arguments)

@@ -25,8 +25,8 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "SQPLUS_CPU"
 PANEL = 64
 
-# |x| <= 128 and |w| <= 127: more input channels than this could overflow the int32 sum.
-LARGEST_K = (2**31 - 1) // (128 * 127)
+# |x| <= 128, and what its sums start from is -128 times all of them: more input channels than this could overflow an int32.
+LARGEST_K = (2**31 - 1) // (128 * 128)
 
 
 @functools.cache
