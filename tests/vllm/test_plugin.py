@@ -246,6 +246,12 @@ def test_zero_points_that_vllm_cannot_pack(tmp_path: Path) -> None:
     plugin.Quantizer(tmp_path, {"group_size": 32, "symmetric": True})
 
 
+def test_the_cache_of_compiled_models_knows_the_kernels(out: Out, theirs: Theirs) -> None:
+    known: list[Any] = []
+    theirs(out("llama", "token"), then=lambda llm: known.append(llm.llm_engine.vllm_config.additional_config))
+    assert known[0]["sqplus"].endswith(", None")
+
+
 def without(suffix: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda tensors: tensors.__delitem__(f"{LAYER}.{suffix}")
 
@@ -334,22 +340,12 @@ def test_other_ways_to_run(case: Case, out: Out, tiny: Callable[..., Path], tmp_
     check((torch.tensor(logprobs), tokens), ours(out(case.family, case.scheme)), case.scheme)
 
 
-def test_what_was_compiled_for_other_kernels_is_not_taken_for_ours(out: Out, tmp_path: Path) -> None:
-    """vLLM keeps compiled models, and finds them again by its configuration, of which this package's kernels are a part."""
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    arguments = (script, out("llama", "token"), json.dumps({"enforce_eager": False}))
-    answer_of(*arguments, VLLM_CACHE_ROOT=str(tmp_path / "cache"), VLLM_PLUGINS="")
-    logprobs, tokens = answer_of(*arguments, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
-    check((torch.tensor(logprobs), tokens), ours(out("llama", "token")), "token")
-
-
-def answer_of(script: Path, *arguments: str | Path, **variables: str) -> Any:
+def answer_of(script: Path, *arguments: str | Path) -> Any:
     """What the script prints after ANSWER."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables, "PYTHONPATH": path}, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=900)
     answers = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     assert answers, done.stderr[-3000:]
     return json.loads(answers[0])
