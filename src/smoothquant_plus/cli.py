@@ -472,13 +472,14 @@ def model(
     threads: Threads = None,
     device: Device = "cpu",
     backend: Backend = None,
+    eager: Annotated[bool, typer.Option("--eager", help="On CUDA: without CUDA graphs, for models that they cannot hold.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Whole models, quantized or not, beside each other: prefill, decoding and memory. Ratios are to the first."""
     from smoothquant_plus.evaluation.benchmark_model import bench_model, remarks, tables
 
     check_file(json_file)
-    found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend)
+    found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend, eager)
     show_tables(tables(found), remarks(found))
     save_json(json_file, found)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smoothquant_plus.cli import app
 from smoothquant_plus.errors import InputError
@@ -26,6 +27,7 @@ from smoothquant_plus.evaluation.peers import BF16, CPU_PEERS, Peer, Weights
 from smoothquant_plus.evaluation.timing import turns
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.runtime.kernels import backends
+from smoothquant_plus.runtime.load import load
 
 ROW = {"scheme", "backend", "m", "n", "k", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
 MODEL_ROW = {
@@ -286,6 +288,52 @@ def test_models_as_a_user_runs_it(tiny: Callable[..., Path], tmp_path: Path, cap
     assert not multiprocessing.active_children()
 
 
+def test_models_as_cuda_graphs_generate_the_same(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are stand-ins that call what they would hold: which tokens go in is what `generate` gives."""
+    model, prompts, fed = load(tiny("llama"), dtype=torch.float32), torch.arange(10, 26).reshape(2, 8), []
+    expected = model.generate(prompts, max_new_tokens=5, do_sample=False, eos_token_id=None)
+
+    def stand_in(calls: list[Callable[[], Any]], device: torch.device) -> SimpleNamespace:
+        for call in (*calls, calls[0]):
+            call()
+        return SimpleNamespace(replay=calls[0])
+
+    monkeypatch.setattr(benchmark_model, "captured", stand_in)
+    run = benchmark_model.capture(model, prompts, 5, Path("model"))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, **options: (fed.append(input_ids.clone()), forward(input_ids, **options))[1])
+    for _ in range(2):
+        fed.clear()
+        assert min(run()) > 0
+        # The prompts, the same again to fill the cache, and a step for each token after the first.
+        assert [tokens.shape[1] for tokens in fed] == [8, 8, 1, 1, 1, 1]
+        assert torch.equal(torch.cat(fed[1:], dim=1), expected[:, :-1])
+
+
+def test_a_step_waits_for_nothing_that_a_cuda_graph_cannot_hold(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values, as torch.compile uses them, fail where a value is asked for."""
+    model, prompts = load(tiny("llama"), dtype=torch.float32), torch.zeros(2, 8, dtype=torch.int64)
+    seen: list[str] = []
+
+    def stand_in(calls: list[Callable[[], Any]], device: torch.device) -> None:
+        calls[0]()
+        seen.append("called")
+
+    monkeypatch.setattr(benchmark_model, "captured", stand_in)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        benchmark_model.capture.__wrapped__(model, prompts, 4, Path("model"))
+    assert seen == ["called"] * 2
+
+
+def test_models_that_cannot_be_captured_are_named(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(benchmark_model, "captured", refuses)
+    with pytest.raises(InputError, match=r"a model cannot be run as a CUDA graph: called a synchronizing(.|\n)*--eager"):
+        benchmark_model.capture(load(tiny("llama")), torch.zeros(1, 8, dtype=torch.int64), 4, Path("a model"))
+
+
 def test_models_refuse(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_model, "_processes", lambda *_: pytest.fail("a model was loaded before everything was checked"))
     model = tiny("llama")
@@ -295,6 +343,7 @@ def test_models_refuse(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: p
         ([model], {"prompt_tokens": 250}, "--prompt-tokens 250 --new-tokens 32 is more than the 256 positions"),
         ([model], {"prompt_tokens": 8, "backend": "torhc"}, "unknown backend 'torhc'.*Did you mean 'torch'"),
         ([model], {"prompt_tokens": 8, "backend": "torch"}, "--backend torch: none of the models is quantized"),
+        ([model], {"prompt_tokens": 8, "eager": True}, "--eager is for CUDA"),
         ([model], {"device": "cuda:99"}, "device 'cuda:99' was asked for"),
     ):
         with pytest.raises(InputError, match=message):
@@ -305,13 +354,13 @@ def test_a_process_hands_its_errors_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is the tests'
     ours, theirs = multiprocessing.Pipe()
     ours.send(([[1, 2]], 2))
-    benchmark_model.serve(theirs, tmp_path / "missing", 1, "cpu", None)
+    benchmark_model.serve(theirs, tmp_path / "missing", 1, "cpu", None, False)
     error = ours.recv()
     assert isinstance(error, InputError) and "no such model directory" in str(error)
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with benchmark_model._processes([tmp_path], [(1, "cpu", None)]) as ask:
+    with benchmark_model._processes([tmp_path], [(1, "cpu", None, False)]) as ask:
         multiprocessing.active_children()[0].kill()
         with pytest.raises(InputError, match=r"exit code -9.*measure fewer of them"):
             ask(0, torch.zeros(1, 1, dtype=torch.int64), 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,16 @@ def test_inductor(scheme: Scheme) -> None:
     for m in (1, 1, 33, 33):
         x = torch.randn(m, 2048, device="cuda").bfloat16()
         assert torch.equal(compiled(x).clone(), layer(x))
+
+
+def test_models_as_cuda_graphs(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """`sqplus bench model --device cuda` runs a model that is not quantized beside ours, all as graphs."""
+    pytest.importorskip("compressed_tensors")
+    from smoothquant_plus.evaluation.benchmark_model import bench_model
+    from smoothquant_plus.pipeline import quantize
+
+    model, outputs = tiny("llama"), [tmp_path / "w8a8", tmp_path / "w4a16"]
+    quantize(model, outputs[0], smooth="none")
+    quantize(model, outputs[1], scheme="w4a16", group_size=32, smooth="none")
+    found = bench_model([model, *outputs], prompt_tokens=16, new_tokens=4, batch=2, device="cuda")
+    assert found.cuda_graphs and [row.backend for row in found.rows] == ["", "triton", "triton"]

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.evaluation.machine import describe
-from smoothquant_plus.evaluation.timing import Table, turns
+from smoothquant_plus.evaluation.timing import Table, captured, on, turns
 from smoothquant_plus.method.scheme import SCHEMES
 from smoothquant_plus.models.blocks import (
     build_skeleton,
@@ -66,6 +67,7 @@ class ModelBenchmark:
     prompt_tokens: int
     new_tokens: int
     batch: int
+    cuda_graphs: bool
     rows: list[Row]
 
 
@@ -87,23 +89,30 @@ def bench_model(
     number_of_threads: int | None = None,
     device: str = "cpu",
     backend: str | None = None,
+    eager: bool = False,
 ) -> ModelBenchmark:
     """Run the models in `directories` on the same random prompts (`batch` of them, `prompt_tokens` each), and let each generate `new_tokens`
     (at least 2).
 
     Each model is loaded in a process of its own, so that its memory is its own, and all of them stay loaded: they take turns, round by
-    round, and nothing but the one whose turn it is computes. `backend` is for those that are quantized. Raises InputError before anything
-    is loaded for a directory, a backend, a device or a length that cannot be used, and when a process ends, such as for want of memory.
+    round, and nothing but the one whose turn it is computes. `backend` is for those that are quantized. On CUDA all of them run as CUDA
+    graphs, unless `eager`. Raises InputError before anything is loaded for a directory, a backend, a device or a length that cannot be used,
+    for a model that cannot be captured in a graph, and when a process ends, such as for want of memory.
     """
     check_device(device)
+    on_cuda = torch.device(device).type == "cuda"
+    if eager and not on_cuda:
+        raise InputError(f"--eager is for CUDA, where models run as CUDA graphs otherwise: on '{device}' there are none, leave it out.")
+    graphs = on_cuda and not eager
     vocabulary, schemes = _check(directories, prompt_tokens, new_tokens, backend)
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     count = number_of_threads or torch.get_num_threads()
     answers: list[list[Answer]] = [[] for _ in directories]
-    with _processes(directories, [(count, device, backend if scheme in SCHEMES else None) for scheme in schemes]) as ask:
+    options = [(count, device, backend if scheme in SCHEMES else None, graphs) for scheme in schemes]
+    with _processes(directories, options) as ask:
         for index, directory in enumerate(directories):  # one after the other: the first run loads the model, and sets things up
             note(f"{directory}:")
-            ask(index, prompts, 2)
+            ask(index, prompts, new_tokens if graphs else 2)
         with steps("run", ROUNDS * len(directories)) as progress:
             for index in turns(range(len(directories)), ROUNDS, SECONDS):
                 answers[index].append(ask(index, prompts, new_tokens))
@@ -124,7 +133,7 @@ def bench_model(
         )
         for index, directory in enumerate(directories)
     ]
-    return ModelBenchmark(describe(count, torch.device(device)), prompt_tokens, new_tokens, batch, rows)
+    return ModelBenchmark(describe(count, torch.device(device)), prompt_tokens, new_tokens, batch, graphs, rows)
 
 
 def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, backend: str | None) -> tuple[int, list[str]]:
@@ -148,7 +157,7 @@ def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, bac
 
 @contextmanager
 def _processes(
-    directories: Sequence[Path], options: Sequence[tuple[int, str, str | None]]
+    directories: Sequence[Path], options: Sequence[tuple[int, str, str | None, bool]]
 ) -> Iterator[Callable[[int, Tensor, int], Answer]]:
     """A process for each model; gives ask(index, prompts, new tokens), which lets one of them run and returns its Answer."""
     # Forked from a process that has imported everything, once, and computed nothing: torch's threads do not survive a fork.
@@ -186,11 +195,12 @@ def _processes(
             worker.join()
 
 
-def serve(connection: Connection, directory: Path, threads: int, device: str, backend: str | None) -> None:
+def serve(connection: Connection, directory: Path, threads: int, device: str, backend: str | None, graphs: bool) -> None:
     """A model's process: load it when first asked, and run it as often as asked, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends this process
     torch.set_num_threads(threads)
     model: Any = None
+    run_graphs: Callable[[], tuple[float, float]] | None = None
     while True:
         try:
             prompts, new_tokens = connection.recv()
@@ -198,12 +208,16 @@ def serve(connection: Connection, directory: Path, threads: int, device: str, ba
             return
         try:
             model = load(directory, device=device, backend=backend) if model is None else model
-            first, rest = run(model, torch.tensor(prompts, device=model.device), new_tokens)
+            inputs = torch.tensor(prompts, device=model.device)
+            with on(model.device):
+                if graphs and run_graphs is None:
+                    run_graphs = capture(model, inputs, new_tokens, directory)
+                first, rest = run(model, inputs, new_tokens) if run_graphs is None else run_graphs()
         except (InputError, OSError, RuntimeError) as error:
             connection.send(error)
             return
         backends = tuple(sorted({module.backend for module in model.modules() if isinstance(module, QuantLinear)}))
-        peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else int(peak_rss_mb() * 1e6)
+        peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else int(peak_rss_mb() * 1e6)
         connection.send(Answer(backends, first, rest, peak))
 
 
@@ -214,15 +228,58 @@ def run(model: Any, prompts: Tensor, new_tokens: int) -> tuple[float, float]:
     Greedy, with the model's own cache and forward passes as `generate` makes them, without what it does around them. The end of
     a text does not stop it.
     """
-    only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     start = _now(model)
-    output = model(input_ids=prompts, use_cache=True, **only_last)
-    token = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
+    token, cache = _next(model, prompts)
     first = _now(model)
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(dim=-1)
+        token, cache = _next(model, token, cache)
     return first - start, _now(model) - first
+
+
+@torch.inference_mode()
+def capture(model: Any, prompts: Tensor, new_tokens: int, directory: Path) -> Callable[[], tuple[float, float]]:
+    """`run` as two CUDA graphs, of the prompts and of a token's step, so that neither Python nor launches cost anything.
+
+    The step's cache has room for all tokens from the start (transformers' StaticCache, in which the number of tokens is a tensor), and is
+    filled anew before each run, which is not timed. Only where attention has a sliding window is the place of a token a number, which a
+    graph cannot change: as much is computed there, but not what the model would say. Raises InputError, which names `directory`, for a
+    model that cannot be captured.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=prompts.shape[1] + new_tokens)
+    token = torch.empty_like(prompts[:, :1])
+
+    def fill() -> None:
+        cache.reset()
+        token.copy_(_next(model, prompts, cache)[0])
+
+    def step() -> None:
+        token.copy_(_next(model, token, cache)[0])
+
+    fill()
+    try:
+        prefill, decode = captured([lambda: _next(model, prompts)], model.device), captured([step], model.device)
+    except RuntimeError as error:
+        raise InputError(f"{directory} cannot be run as a CUDA graph: {error}\nMeasure it, and all beside it, with --eager.") from error
+
+    @torch.inference_mode()
+    def run_graphs() -> tuple[float, float]:
+        start = _now(model)
+        prefill.replay()
+        first = _now(model) - start
+        fill()
+        start = _now(model)
+        for _ in range(new_tokens - 1):
+            decode.replay()
+        return first, _now(model) - start
+
+    return run_graphs
+
+
+def _next(model: Any, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """The token (batch, 1) that follows `tokens` (batch, any number), and the cache with `tokens` in it; without one, the model's own."""
+    only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)
+    return output.logits[:, -1:].argmax(dim=-1), output.past_key_values
 
 
 def _now(model: Any) -> float:
@@ -246,7 +303,8 @@ def tables(found: ModelBenchmark) -> Iterator[Table]:
         ]
         for row in found.rows
     ]
-    yield Table(f"{found.batch} x {found.prompt_tokens} tokens and {found.new_tokens} new ones", columns, lines)
+    how = ", as CUDA graphs" if found.cuda_graphs else ""
+    yield Table(f"{found.batch} x {found.prompt_tokens} tokens and {found.new_tokens} new ones{how}", columns, lines)
 
 
 def remarks(found: ModelBenchmark) -> Iterator[str]:

@@ -86,9 +86,20 @@ def _stream(nbytes: int) -> torch.Tensor:
 
 
 def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
-    """All of `calls` in turn as a CUDA graph, which costs no Python and no launches: the mean of a replay. Raises what the library raises
-    whose call cannot be captured, such as one that waits for the device."""
-    everyone = list(calls) * -(-GRAPH_CALLS // len(calls))
+    """All of `calls` in turn as a CUDA graph, which costs no Python and no launches: the mean of a replay. Raises as `captured` does."""
+    times = -(-GRAPH_CALLS // len(calls))
+    graph = captured(calls, device, times)
+
+    def sample() -> float:
+        graph.replay()  # the device is busy with this one while the next is enqueued
+        return seconds_of(graph.replay, device) / (len(calls) * times)
+
+    return sample
+
+
+def captured(calls: Sequence[Callable[[], Any]], device: torch.device, times: int = 1) -> torch.cuda.CUDAGraph:
+    """`calls` in turn, so many `times`, as a CUDA graph. Each is called before, the first of them twice. Raises what the library raises whose
+    call cannot be captured, such as one that waits for the device."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # as CUDA graphs want it: whatever sets itself up does so before, and on another stream
@@ -103,14 +114,9 @@ def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callab
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in everyone:
+        for call in list(calls) * times:
             call()
-
-    def sample() -> float:
-        graph.replay()  # the device is busy with this one while the next is enqueued
-        return seconds_of(graph.replay, device) / len(everyone)
-
-    return sample
+    return graph
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
