@@ -17,7 +17,7 @@ struct Avx2 {
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
   static constexpr bool saturates = true;
-  static constexpr int fixed_accumulators = 8;  // six sums take 12 all the same
+  static constexpr int fixed_accumulators = 10;
   using Float = __m256;
   using Int = __m256i;
 
@@ -54,17 +54,14 @@ struct Avx2 {
     const Int fours = _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
   }
-  // Products of nibbles and an int8, pairs of them in 16 bits: as many as there are in `narrow` steps can be added (16 * 15 * 128 < 2^15). As
-  // assembly: GCC 12 adds in another order, for which it spills.
-  static constexpr int narrow = 4;
-  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return _mm256_maddubs_epi16(nibbles, x); }
-  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) {
+  static SQPLUS_INLINE Int nibble_pairs(Int packed, int p) { return _mm256_and_si256(_mm256_srli_epi32(packed, 4 * p), _mm256_set1_epi32(0x000f000f)); }
+  static SQPLUS_INLINE Int nibble_pairs(Int packed, std::integral_constant<int, 3>) { return _mm256_srli_epi16(packed, 12); }
+  // As assembly: GCC 12 adds in another order, for which it spills.
+  static SQPLUS_INLINE Int add_pairs(Int sum, Int nibbles, Int x) {
     Int pairs;
-    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(nibbles), "x"(x));
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(pairs) : "x"(nibbles), "x"(x));
     return sum;
   }
-  static SQPLUS_INLINE Int widen(Int sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-  static SQPLUS_INLINE Int widen(Int low, Int high) { return _mm256_add_epi32(widen(low), _mm256_madd_epi16(high, _mm256_set1_epi16(256))); }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {
@@ -98,7 +95,7 @@ void cut_pairs(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests) 
       }
       std::memcpy(x + found, four, 4);
       Rest& own = rest[row * steps + rests[row]++];
-      std::memcpy(&own.four, other, 4);
+      std::memcpy(&own.x, other, 4);
       own.at = static_cast<int32_t>(found / rows);
     }
   }

@@ -68,11 +68,16 @@ struct Avx512 {
   static SQPLUS_INLINE Int low_nibbles(Int packed) { return _mm512_and_si512(packed, _mm512_set1_epi32(0x0f0f0f0f)); }
   static SQPLUS_INLINE Int high_nibbles(Int packed) { return low_nibbles(_mm512_srli_epi32(packed, 4)); }
   static SQPLUS_INLINE Int dot8(Int sum, Int low, Int x, Int high, Int y) { return dot4(dot4(sum, low, x), high, y); }
-  static constexpr int narrow = 16;  // 32-bit sums: all steps of a group
-  static SQPLUS_INLINE Int products(Int nibbles, Int x) { return dot4(zero_int(), nibbles, x); }
-  static SQPLUS_INLINE Int add_products(Int sum, Int nibbles, Int x) { return dot4(sum, nibbles, x); }
-  static SQPLUS_INLINE Int widen(Int sum) { return sum; }
-  static SQPLUS_INLINE Int widen(Int low, Int high) { return add_int(low, _mm512_slli_epi32(high, 8)); }
+  static SQPLUS_INLINE Int nibble_pairs(Int packed, int p) { return _mm512_and_si512(_mm512_srli_epi32(packed, 4 * p), _mm512_set1_epi32(0x000f000f)); }
+  static SQPLUS_INLINE Int nibble_pairs(Int packed, std::integral_constant<int, 3>) { return _mm512_srli_epi16(packed, 12); }
+  static SQPLUS_INLINE Int add_pairs(Int sum, Int nibbles, Int x) {
+#if defined(SQPLUS_EMULATE)
+    return _mm512_dpwssd_epi32(sum, nibbles, x);
+#else
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(nibbles), "v"(x));
+    return sum;
+#endif
+  }
 
   template <bool soon>
   static SQPLUS_INLINE void prefetch(const void* p) {

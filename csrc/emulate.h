@@ -51,6 +51,7 @@ inline Longs sub_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) - as
 inline Longs mullo_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) * as<Unsigned>(b)); }
 inline Longs and_si512(Longs a, Longs b) { return a & b; }
 inline Longs srli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) >> bits); }
+inline Longs srli_epi16(Longs a, int bits) { return as<Longs>(as<Shorts>(a) >> bits); }
 inline Longs slli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) << bits); }
 inline Floats castsi512_ps(Longs a) { return as<Floats>(a); }
 inline Floats cvtepi32_ps(Longs a) {
@@ -96,6 +97,13 @@ inline Longs dpbusd_epi32(Longs sum, Longs w, Longs x) {
     return total;
   }));
 }
+inline Longs dpwssd_epi32(Longs sum, Longs w, Longs x) {
+  int16_t a[32], b[32];
+  std::memcpy(a, &w, 64);
+  std::memcpy(b, &x, 64);
+  const Ints before = as<Ints>(sum);
+  return as<Longs>(each<Ints>([&](int i) { return before[i] + a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]; }));
+}
 inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
   const Shorts a = as<Shorts>(x), b = as<Shorts>(w);
   return each<Floats>([&](int i) {
@@ -117,6 +125,7 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_cvtepu16_epi32 sqplus::emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps sqplus::emulated::cvtph_ps
 #define _mm512_dpbusd_epi32 sqplus::emulated::dpbusd_epi32
+#define _mm512_dpwssd_epi32 sqplus::emulated::dpwssd_epi32
 #define _mm512_fmadd_ps sqplus::emulated::fmadd_ps
 #define _mm512_fnmadd_ps sqplus::emulated::fnmadd_ps
 #define _mm512_load_si512 sqplus::emulated::load
@@ -130,6 +139,7 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_setzero_ps sqplus::emulated::setzero_ps
 #define _mm512_setzero_si512 sqplus::emulated::setzero_si512
 #define _mm512_slli_epi32 sqplus::emulated::slli_epi32
+#define _mm512_srli_epi16 sqplus::emulated::srli_epi16
 #define _mm512_srli_epi32 sqplus::emulated::srli_epi32
 #define _mm512_storeu_ps sqplus::emulated::storeu_ps
 #define _mm512_storeu_si512 sqplus::emulated::storeu_si512

@@ -29,10 +29,10 @@ struct Block {
   int rows;
 };
 
-// What was taken off of a row's four activations (int8), and is multiplied apart.
+// What was taken off of a row's activations, and is multiplied apart.
 struct Rest {
-  int32_t four;
-  int32_t at;  // of which step, in a chunk (W8), or which of a group's fours (W4)
+  int32_t x;   // four int8 (W8), or a pair of int16 (W4)
+  int32_t at;  // of which step, in a chunk (W8), or which of a group's pairs (W4)
 };
 
 struct W8Tile {
@@ -47,23 +47,23 @@ struct W8Tile {
   int32_t* y;             // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
-// x in fixed point: three int8 pieces of each number, whose products with nibbles integer instructions add up exactly. A number is
-// (highest * 256 + middle) * 256 + lowest piece, of 23 bits and a sign, times a power of two that a row's channels of a group share. Most lowest pieces
-// of bfloat16 and float16 numbers are zero, so of those two pieces are multiplied, and fours of the lowest where one is not zero apart.
-constexpr int fixed_rows(int pieces) { return pieces == 2 ? 3 : 2; }  // the most rows of a block of these
+// x in fixed point: two pieces of each number, int16, whose products with nibbles integer instructions add up exactly. A number is high * 256 + low, of 23 bits
+// and a sign, times a power of two that a row's channels of a group share. Most low pieces of bfloat16 and float16 numbers are zero, so of those the high pieces are
+// multiplied, and pairs of low ones where one is not zero apart.
+constexpr int fixed_rows(int pieces) { return pieces == 1 ? 6 : 3; }  // the most rows of a block of these
 
 struct Fixed {
-  int32_t high, low;  // over the channels of the group: the sums of highest * 256 + middle pieces, and of lowest ones
-  int32_t rests;      // how many fours of lowest pieces are multiplied apart
-  float unit;         // the power of two; NaN where a number is not finite
+  int32_t high, low;          // sums over the channels of the group
+  int32_t rests;              // how many pairs of low pieces are multiplied apart
+  float high_unit, low_unit;  // powers of two; NaN where a number is not finite
 };
 
 struct W4Tile {
   const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
-                             // point the last for each piece, from the highest on
+                             // point pairs of int16 for each piece, the high one first
   const void* sums;          // (groups, rows): the activations of each group added up, float32; in fixed point Fixed
-  int pieces;                // 3, or 2 and
-  const Rest* rest;          // (groups, rows, fours of the group)
+  int pieces;                // 2, or 1 and
+  const Rest* rest;          // (groups, rows, pairs of the group)
   int64_t rows;              // of all blocks
   int64_t groups;
   int64_t steps;             // of eight input channels, in a group: 4, 8, 12 or 16
@@ -89,7 +89,7 @@ struct Kernels {
   int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
   // For products that saturate: cuts fours that could in two, of a block's x of one chunk. Null where none do.
   void (*cut)(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests);
-  // A group of x, a multiple of 32 and at most 128 channels, in fixed point: four channels in kByteOrder a piece, and the next four `stride` further.
+  // A group of x, a multiple of 32 and at most 128 channels, in fixed point: two channels a piece, and the next two `stride` further.
   // Null where w4 takes float32.
   void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed*);
   // y * row_scale * scale + bias; scale and bias may be null.

@@ -356,13 +356,13 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   if (m == 0 || n == 0) return y;
 
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
-  const int pieces = type == Type::kFloat ? 3 : 2;
+  const int pieces = type == Type::kFloat ? 2 : 1;
   const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : kernels.rows);
-  const int64_t fours = group_size / 4, of_group = pairs ? group_size / 2 : fixed ? fours * pieces : group_size;  // 32-bit numbers
+  const int64_t of_group = pairs ? group_size / 2 : fixed ? group_size / 2 * pieces : group_size;  // 32-bit numbers
   const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(fixed ? 0 : m * groups);
   const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
-  const auto rest = room<Rest>(fixed ? m * k / 4 : 0);
+  const auto rest = room<Rest>(fixed && pieces == 1 ? m * k / 2 : 0);
   const char* values = static_cast<const char*>(x.data_ptr());
   parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
@@ -377,7 +377,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
           int32_t* to = prepared.get() + (group * m + top) * of_group;
           if (fixed) {
             const int64_t place = group * m + top + r;
-            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * fours, of_fixed.get() + place);
+            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * (group_size / 2), of_fixed.get() + place);
             continue;
           }
           float sum = 0;

@@ -62,7 +62,7 @@ SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, i
   unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
   for (int32_t i = 0; i < rests; ++i) {
     const uint8_t* w = t.weight + (start + rest[i].at) * kPanel * 4;
-    const auto four = V::broadcast_int(rest[i].four);
+    const auto four = V::broadcast_int(rest[i].x);
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
   }
   unroll<H>(SQPLUS_EACH(h) {
