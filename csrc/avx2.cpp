@@ -75,8 +75,7 @@ struct Avx2 {
 
 // 255 (x + x') leaves 16 bits where two neighbours of one sign add up to more than 128: such a four becomes x = (x + 1) / 2, rounded down, and the rest.
 // So nothing is lost, whatever x is.
-void cut_pairs(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests) {
-  std::memset(rests, 0, rows * sizeof *rests);
+void cut_pairs(int64_t start, int64_t steps, int rows, int32_t* x, int64_t stride, Rest* rest, int32_t* rests) {
   for (int64_t i = 0; i < steps * rows; i += 8) {
     int32_t last[8] = {};
     const bool whole = i + 8 <= steps * rows;
@@ -94,9 +93,9 @@ void cut_pairs(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests) 
         four[j] = static_cast<int8_t>(half);
       }
       std::memcpy(x + found, four, 4);
-      Rest& own = rest[row * steps + rests[row]++];
+      Rest& own = rest[row * stride + rests[row]++];
       std::memcpy(&own.x, other, 4);
-      own.at = static_cast<int32_t>(found / rows);
+      own.at = static_cast<int32_t>(start + found / rows);
     }
   }
 }

@@ -32,7 +32,7 @@ struct Block {
 // What was taken off of a row's activations, and is multiplied apart.
 struct Rest {
   int32_t x;   // four int8 (W8), or a pair of int16 (W4)
-  int32_t at;  // of which step, in a chunk (W8), or which of a group's pairs (W4)
+  int32_t at;  // of which step (W8), or which of a group's pairs (W4)
 };
 
 struct W8Tile {
@@ -42,8 +42,8 @@ struct W8Tile {
   int64_t chunk;          // steps, at most
   const uint8_t* weight;  // one panel
   const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much
-  const Rest* rest;       // (chunks, rows, steps of the chunk): by Kernels::cut, where there is one
-  const int32_t* rests;   // (chunks, rows): how many
+  const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
+  const int32_t* rests;   // (rows): how many
   int32_t* y;             // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
 };
 
@@ -87,8 +87,9 @@ struct Kernels {
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
   int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
-  // For products that saturate: cuts fours that could in two, of a block's x of one chunk. Null where none do.
-  void (*cut)(int64_t steps, int rows, int32_t* x, Rest* rest, int32_t* rests);
+  // For products that saturate: cuts fours that could in two, of a block's x from step `start` on. Row r's rests are appended to those at rest + r * stride, of
+  // which there are rests[r]. Null where none do.
+  void (*cut)(int64_t start, int64_t steps, int rows, int32_t* x, int64_t stride, Rest* rest, int32_t* rests);
   // A group of x, a multiple of 32 and at most 128 channels, in fixed point: two channels a piece, and the next two `stride` further.
   // Null where w4 takes float32.
   void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed*);

@@ -270,14 +270,14 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   std::vector<int32_t> first(m);
   for (size_t i = 0; i < integers.sums.size(); ++i) first[i % m] -= 128 * integers.sums[i];
   const auto rest = room<Rest>(kernels.cut ? m * steps : 0);
-  const auto rests = room<int32_t>(kernels.cut ? (steps + chunk - 1) / chunk * m : 0);
+  std::vector<int32_t> rests(kernels.cut ? m : 0);
   if (kernels.cut) {
     parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const auto [top, rows] = blocks[b];
         for (int64_t start = 0; start < steps; start += chunk) {
-          const int64_t count = std::min(chunk, steps - start), place = start * m + top * count;
-          kernels.cut(count, rows, integers.fours.get() + place, rest.get() + place, rests.get() + start / chunk * m + top);
+          const int64_t count = std::min(chunk, steps - start);
+          kernels.cut(start, count, rows, integers.fours.get() + start * m + top * count, steps, rest.get() + top * steps, &rests[top]);
         }
       }
     });
@@ -288,7 +288,7 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
     const Panel own(panel, n, count, block);
     std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
-    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.get(), sums.data()});
+    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data()});
     for (int64_t r = 0; r < own.rows; ++r) {
       kernels.write(type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, scales[own.top + r], of_channel + own.first,
                     offset ? offset.get() + own.first : nullptr, own.row(y, r));

@@ -54,39 +54,34 @@ SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_
   }
 }
 
-// What Kernels::cut took off of one row, and after the last chunk float32.
+// What Kernels::cut took off of one row, then float32.
 template <class V>
-SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, int64_t start, bool last, int32_t* y) {
+SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, int32_t* y) {
   constexpr int H = kPanel / V::width;
   typename V::Int sum[H];
   unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
   for (int32_t i = 0; i < rests; ++i) {
-    const uint8_t* w = t.weight + (start + rest[i].at) * kPanel * 4;
+    const uint8_t* w = t.weight + rest[i].at * kPanel * 4;
+    if (i + 2 < rests) prefetch<V, true>(t.weight + rest[i + 2].at * kPanel * 4, 0);
     const auto four = V::broadcast_int(rest[i].x);
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
   }
-  unroll<H>(SQPLUS_EACH(h) {
-    last ? V::store(reinterpret_cast<float*>(y + h * V::width), V::to_float(sum[h])) : V::store_int(y + h * V::width, sum[h]);
-  });
+  unroll<H>(SQPLUS_EACH(h) { V::store(reinterpret_cast<float*>(y + h * V::width), V::to_float(sum[h])); });
 }
 
 template <class V>
 void w8(int64_t blocks, const Block* block, const W8Tile& t) {
-  for (int64_t start = 0, chunk = 0; start < t.steps; start += t.chunk, ++chunk) {
+  for (int64_t start = 0; start < t.steps; start += t.chunk) {
     const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
-    const bool last = start + steps == t.steps;
     for (int64_t b = 0; b < blocks; ++b) {
       const auto [top, rows] = block[b];
       int32_t* y = t.y + (top - block->top) * kPanel;
       with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t, block[b].top, start, steps, b == 0, y); });
-      if constexpr (V::saturates) {
-        for (int r = 0; r < rows; ++r) {
-          const int32_t rests = t.rests[chunk * t.rows + top + r];
-          const Rest* rest = t.rest + start * t.rows + (top + r) * steps;
-          if (rests > 0 || last) w8_rest<V>(t, rest, rests, start, last, y + r * kPanel);
-        }
-      }
     }
+  }
+  if constexpr (V::saturates) {
+    const int64_t end = block[blocks - 1].top + block[blocks - 1].rows;
+    for (int64_t row = block->top; row < end; ++row) w8_rest<V>(t, t.rest + row * t.steps, t.rests[row], t.y + (row - block->top) * kPanel);
   }
 }
 
