@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.Cap
     assert (
         "80x384 w8a8 --backend torch: M=1 " in printed.out and "% of limit; M=3 " in printed.out and "80x384 w4a16 limit: " in printed.out
     )
-    assert "limits: read " in printed.out
+    assert "limits at best: read " in printed.out
     assert "bench 4/4: 80x384, 3 tokens" in printed.err and "left" in printed.err
 
 
@@ -217,7 +218,7 @@ def test_four_bits_as_gptq_packs_them() -> None:
     ],
 )
 def test_linear_refuses(options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_linear, "measure_limits", lambda *_: pytest.fail("work began before the options were checked"))
+    monkeypatch.setattr(benchmark_linear, "limits_of", lambda *_: pytest.fail("work began before the options were checked"))
     with pytest.raises(InputError, match=message):
         bench_linear(**options)
 
@@ -242,8 +243,10 @@ def test_a_limit_is_what_takes_longer_reading_or_multiplying() -> None:
     assert limits.seconds("int8", nbytes=10**10, operations=10**9) == 1.0
     assert limits.seconds("int8", nbytes=10, operations=10**11) == 1.0
     assert limits.seconds("float", nbytes=10, operations=10**11) == 2.0
-    better = limits.or_better(Limits("", 5.0, None, 60.0, None))
-    assert better == Limits("", 10.0, 100.0, 60.0, 25.0)
+    others = [Limits("", 5.0, None, 60.0, None), Limits("", 6.0, 90.0, 70.0, 30.0)]
+    assert machine.summary([limits, *others], max) == Limits("", 10.0, 100.0, 70.0, 30.0)
+    assert machine.summary([limits, *others], median) == Limits("", 6.0, 95.0, 60.0, 27.5)
+    assert machine.summary(others[:1], median) == others[0]
     assert Limits("", 10.0, None, None, None).seconds("int8", 10**10, 10**20) == 1.0
 
 
@@ -253,7 +256,7 @@ def test_the_package_s_own_kernels_measure_the_limits_where_they_are_built(quick
     monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_read", lambda tensor: read.append(tensor.nbytes) or 0, raising=False)
     monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_peak", lambda what, times: 0 if what == "bfloat16" else times, raising=False)
     cpu = torch.device("cpu")
-    limits = machine.measure_limits(cpu, 4)
+    limits = machine.limits_of(cpu, 4)()
     assert set(read) == {1 << 20} and limits.read_gb_per_s > 0 and "times the threads" in limits.source
     assert limits.bfloat16_gflop_per_s is None and limits.int8_gop_per_s and limits.float32_gflop_per_s
     assert machine.describe(4, cpu)["instruction_set"] == "avx512vnni"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation import benchmark_fused
 from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
 from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
-from smoothquant_plus.evaluation.machine import Limits, describe, measure_limits
+from smoothquant_plus.evaluation.machine import Limits, describe, limits_of, summary
 from smoothquant_plus.evaluation.peers import CPU_PEERS, Product, Weights
 from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
@@ -57,7 +56,8 @@ class Row:
 
     `ratio_to_bf16` is how many times faster than torch's bfloat16 product it is, `gb_per_s` the bytes of the weight and its scales (as
     they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
-    need (reading those bytes, or doing the operations, whichever takes longer) over the time.
+    need (reading those bytes, or doing the operations, whichever takes longer) over the time. A CPU's limits are measured in turns with the
+    candidates, and their medians count, since its clock varies.
     """
 
     scheme: str
@@ -113,8 +113,8 @@ def bench_linear(
     numbers with commas between; by default SHAPES and TOKENS of the device.
 
     All candidates of a shape and a batch take turns in this process, on weights that no cache holds (see `sampler`); the times are medians.
-    A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. The limits are measured again before each shape,
-    and the best counts. Raises InputError for options that cannot be used, before anything is timed.
+    A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. A GPU's limits are measured before each shape.
+    Raises InputError for options that cannot be used, before anything is timed.
     """
     place = torch.device(check_device(device))
     integers = with_arithmetic(find_scheme("w4a16"), W4A8)
@@ -122,11 +122,11 @@ def bench_linear(
     sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes or SHAPES[place.type]))
     batches = read_tokens(tokens or TOKENS[place.type])
     candidates, left_out = find_candidates(schemes, place)
-    limits: list[Limits] = []
-    timed: list[tuple[Candidate, tuple[int, int, int], float, float, int]] = []  # candidate, (m, n, k), seconds, bf16's, weight bytes
+    limits: list[Limits] = []  # of each batch
+    rows: list[Row] = []
     with on(place), threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
         for n, k in sizes:
-            limits.append(measure_limits(place, count))
+            limits_now = limits_of(place, count)
             weights = random_weights(n, k, schemes, place)
             nbytes = {"bf16": weights.floats.nbytes, **{name: stored_bytes(weight) for name, weight in weights.quantized.items()}}
             copies = [weights, *(weights.copy() for _ in range(copies_for(min(nbytes.values()), place) - 1))]
@@ -137,10 +137,11 @@ def bench_linear(
                 except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
                     left_out.append(LeftOut(candidate.scheme, candidate.name, reason_of(error), n=n, k=k))
             for m in batches:
-                seconds, failed = time_products(products, torch.randn(m, k, device=place).bfloat16())
+                seconds, failed, batch_limits = time_products(products, torch.randn(m, k, device=place).bfloat16(), limits_now)
                 left_out += [LeftOut(one.scheme, one.name, reason, m, n, k) for one, reason in failed.items()]
                 bf16 = seconds[candidates[0]]
-                timed += [(one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
+                rows += [as_row(batch_limits, one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
+                limits.append(batch_limits)
                 progress.step(f"{n}x{k}, {m} tokens")
             del weights, copies, products  # before the next shape's
         inputs = [(m, k) for k in dict.fromkeys(k for _, k in sizes) for m in batches]
@@ -149,8 +150,7 @@ def bench_linear(
         except Exception as error:  # noqa: BLE001 (as above)
             fused = []
             left_out.append(LeftOut("w8a8", "fused operations", reason_of(error)))
-    best = functools.reduce(Limits.or_better, limits)
-    rows = [as_row(best, *measured) for measured in timed]
+    best = summary(limits, max)
     return LinearBenchmark(describe(count, place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
 
 
@@ -232,8 +232,11 @@ def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
     return build
 
 
-def time_products(products: dict[Candidate, list[Product]], x: Tensor) -> tuple[dict[Candidate, float], dict[Candidate, str]]:
-    """The median seconds of each product of x (M, K), and why the others have none. A candidate has a product for each copy of the weight.
+def time_products(
+    products: dict[Candidate, list[Product]], x: Tensor, limits_now: Callable[[], Limits]
+) -> tuple[dict[Candidate, float], dict[Candidate, str], Limits]:
+    """The median seconds of each product of x (M, K), why the others have none, and the medians of the limits meanwhile. A candidate has
+    a product for each copy of the weight.
 
     Each is called once before: that sets things up, and shows whether it multiplies what the first one, torch's bfloat16 product, does.
     """
@@ -255,9 +258,13 @@ def time_products(products: dict[Candidate, list[Product]], x: Tensor) -> tuple[
                 raise  # without what all are compared with there is no benchmark
             failed[candidate] = reason_of(error)
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in samples}
-    for candidate in turns(samples, ROUNDS, SECONDS[x.device.type]):
-        times[candidate].append(samples[candidate]())
-    return {candidate: median(found) for candidate, found in times.items()}, failed
+    limits: list[Limits] = []
+    for turn in turns((None, *samples), ROUNDS, SECONDS[x.device.type]):
+        if turn is None:
+            limits.append(limits_now())
+        else:
+            times[turn].append(samples[turn]())
+    return {candidate: median(found) for candidate, found in times.items()}, failed, summary(limits, median)
 
 
 def reason_of(error: Exception) -> str:
@@ -299,7 +306,7 @@ def remarks(found: LinearBenchmark) -> Iterator[str]:
         "float32": found.limits.float32_gflop_per_s,
     }
     known = ", ".join(f"{name} {'not known' if peak is None else f'{peak:.1f} Gop/s'}" for name, peak in peaks.items())
-    yield f"limits: read {found.limits.read_gb_per_s:.1f} GB/s, {known} ({found.limits.source})"
+    yield f"limits at best: read {found.limits.read_gb_per_s:.1f} GB/s, {known} ({found.limits.source})"
     packages = dict.fromkeys(one.reason.removeprefix(NOT_INSTALLED) for one in found.left_out if one.reason.startswith(NOT_INSTALLED))
     if packages:
         yield f"{NOT_INSTALLED}{', '.join(packages)}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from smoothquant_plus.evaluation.timing import replayed, seconds_of, turns
 from smoothquant_plus.runtime.kernels import cpu
 
 READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # more than the caches hold
-TRIES, SECONDS = 5, 0.5  # of each call; the best counts: nothing makes a machine faster than it is
+TRIES, SECONDS = 5, 0.5  # of each call on a GPU; the best counts: nothing makes a machine faster than it is
 SIDE = {"cpu": 512, "cuda": 8192}  # matrices that stay in a CPU core's share of the cache, and that fill a GPU
 PEAK_ITERATIONS = 1_000_000
 
@@ -42,33 +43,24 @@ class Limits:
         reading = nbytes / (self.read_gb_per_s * 1e9)
         return reading if peak is None else max(reading, operations / (peak * 1e9))
 
-    def or_better(self, other: Limits) -> Limits:
-        """The higher of both in each: what was measured while others used the machine is no limit."""
-        values: dict[str, Any] = {}
-        for field in fields(self)[1:]:
-            both = (getattr(self, field.name), getattr(other, field.name))
-            values[field.name] = max((value for value in both if value is not None), default=None)
-        return Limits(self.source, **values)
+
+def summary(found: Sequence[Limits], of: Callable[[Iterable[float]], float]) -> Limits:
+    """One for all of `found`, such as `of` the median, or the max."""
+    values: dict[str, Any] = {}
+    for field in fields(Limits)[1:]:
+        known = [value for value in (getattr(one, field.name) for one in found) if value is not None]
+        values[field.name] = of(known) if known else None
+    return Limits(found[0].source, **values)
 
 
-def measure_limits(device: torch.device, threads: int) -> Limits:
-    """The limits of this machine: of a CPU by the package's own kernels where they are built, otherwise an estimate by what torch can do,
-    which is lower; of a GPU by what torch can do."""
+def limits_of(device: torch.device, threads: int) -> Callable[[], Limits]:
+    """What says the limits of this machine. A CPU's are measured when it is called, since its clock varies: by the package's own kernels where
+    they are built, otherwise an estimate by what torch can do, which is lower. A GPU's are measured here, by what torch can do."""
     if device.type == "cuda":
-        return _measure_cuda(device)
-    if extension() is None:
-        return _estimate(device)
-    ops = torch.ops.smoothquant_plus
+        measured = _measure_cuda(device)
+        return lambda: measured
     buffer = _read_buffer(device)
-    read = _best(lambda: ops.cpu_read(buffer), device)
-    peaks = {what: _peak_of_one_thread(what) * threads / 1e9 or None for what in ("int8", "bfloat16", "float32")}
-    return Limits(
-        "the package's CPU kernels; a peak is that of one thread times the threads, an upper bound",
-        buffer.nbytes / read / 1e9,
-        peaks["int8"],
-        peaks["bfloat16"],
-        peaks["float32"],
-    )
+    return partial(_estimate, buffer) if extension() is None else partial(_measure_cpu, buffer, threads)
 
 
 def describe(number: int, device: torch.device) -> dict[str, Any]:
@@ -96,22 +88,30 @@ def extension() -> Any:
     return cpu if cpu.missing() is None else None
 
 
+def _measure_cpu(buffer: Tensor, threads: int) -> Limits:
+    peaks = {what: _peak_of_one_thread(what) * threads / 1e9 or None for what in ("int8", "bfloat16", "float32")}
+    return Limits(
+        "the package's CPU kernels; a peak is that of one thread times the threads, an upper bound",
+        buffer.nbytes / seconds_of(lambda: torch.ops.smoothquant_plus.cpu_read(buffer), buffer.device) / 1e9,
+        peaks["int8"],
+        peaks["bfloat16"],
+        peaks["float32"],
+    )
+
+
 def _peak_of_one_thread(what: str) -> float:
     """Operations a second in registers; 0 when the processor has no such instruction."""
-    best = 0.0
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        operations = torch.ops.smoothquant_plus.cpu_peak(what, PEAK_ITERATIONS)
-        best = max(best, operations / (time.perf_counter() - start))
-    return best
+    start = time.perf_counter()
+    operations = torch.ops.smoothquant_plus.cpu_peak(what, PEAK_ITERATIONS)
+    return float(operations / (time.perf_counter() - start))
 
 
-def _estimate(device: torch.device) -> Limits:
+def _estimate(buffer: Tensor) -> Limits:
     """What torch's own sum and matrix products reach. On a CPU it has no integer product that is near to any peak."""
-    buffer = _read_buffer(device).view(torch.int64)
-    read = buffer.nbytes / _best(buffer.sum, device) / 1e9
+    numbers = buffer.view(torch.int64)
     side = SIDE["cpu"]
     peaks = {dtype: _peak_of_product(torch.randn(side, side).to(dtype)) for dtype in (torch.bfloat16, torch.float32)}
+    read = buffer.nbytes / seconds_of(numbers.sum, buffer.device) / 1e9
     return Limits("an estimate: torch's sum and matrix products", read, None, peaks[torch.bfloat16], peaks[torch.float32])
 
 
