@@ -17,7 +17,6 @@ struct Avx2 {
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
   static constexpr bool saturates = true;
-  static constexpr int fixed_accumulators = 10;
   using Float = __m256;
   using Int = __m256i;
 

@@ -25,7 +25,6 @@ struct Avx512 {
   static constexpr int rows = 6;
   static constexpr int accumulators = 24;
   static constexpr bool saturates = false;
-  static constexpr int fixed_accumulators = 24;
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;
   using Int = emulated::Longs;

@@ -12,7 +12,7 @@
 namespace sqplus {
 namespace {
 
-// The largest magnitude decides the power of two: it becomes 2^22 - 2^15 or more, and less than 2^23 - 2^16, so that a high piece has 16 bits. Rounding to
+// The largest magnitude decides the power of two: it becomes 2^22 - 2^15 or more, and less than 2^23 - 2^16, so that a high piece has 16 bits, rounded up too. Rounding to
 // integers changes a number by about 2^-23 of the largest magnitude at most. Where all are below 2^-104, whose power of two float32 does not have, they are rounded to
 // multiples of 2^-126.
 inline void fix_group(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed* fixed) {
@@ -89,7 +89,7 @@ SQPLUS_INLINE void add_rests(const Rest* rest, const Fixed& fixed, const Group& 
 // weights are used.
 template <class V, int R, int P, class Weight, class Again, class Fetch>
 SQPLUS_INLINE void fixed_group(const W4Tile& t, int64_t g, int64_t top, const Group& group, float* y, Weight&& weight, Again&& again, Fetch&& fetch) {
-  constexpr int H = vectors_for<V>(R * P, V::fixed_accumulators);
+  constexpr int H = vectors_for<V>(R * P);
   const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * t.steps * 4 * P;
   const Fixed* fixed = static_cast<const Fixed*>(t.sums) + g * t.rows + top;
   for (int from = 0; from < kPanel; from += H * V::width) {
@@ -98,7 +98,7 @@ SQPLUS_INLINE void fixed_group(const W4Tile& t, int64_t g, int64_t top, const Gr
     const int32_t* own = x;
     for (int64_t k = 0; k < t.steps; ++k, own += 4 * P * R) {
       unroll<H * V::width / 16>(SQPLUS_EACH(i) { fetch(k, from + 16 * i); });
-      // One row takes all four pairs of a vector before the next one; more, a pair at a time.
+      // One row of one piece takes all four pairs of a vector before the next one; more, a pair at a time.
       constexpr int Q = R * P == 1 ? 4 : 1;
       unroll<4 / Q>(SQPLUS_EACH(first) {
         // Or the compiler would keep what it has read for all four, in registers that there are not.

@@ -12,8 +12,8 @@ namespace sqplus {
 
 constexpr int kPanel = 64;
 
-// Even channels in the lower half and odd ones in the upper: two neighbours are one lane of a 16-bit table look-up, and the bytes under the mask
-// 0x0f0f0f0f are four channels for an 8-bit dot product (kByteOrder), those under 0xf0f0f0f0 the other four.
+// Even channels in the lower half and odd ones in the upper: what is under the mask 0x000f000f are two neighbours for a 16-bit product, or for a 16-bit
+// table look-up; the bytes under 0x0f0f0f0f are four channels for an 8-bit dot product (kByteOrder), those under 0xf0f0f0f0 the other four.
 constexpr int nibble_shift(int e) { return (e / 2) * 4 + (e % 2) * 16; }
 constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -44,7 +44,7 @@ struct W8Tile {
   const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much
   const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
   const int32_t* rests;   // (rows): how many
-  int32_t* y;             // (rows of these blocks, 64): the integer sums, of which the last chunk makes float32
+  int32_t* y;             // (rows of these blocks, 64): the integer sums; in the end float32
 };
 
 // x in fixed point: two pieces of each number, int16, whose products with nibbles integer instructions add up exactly. A number is high * 256 + low, of 23 bits

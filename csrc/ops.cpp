@@ -377,7 +377,8 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
           int32_t* to = prepared.get() + (group * m + top) * of_group;
           if (fixed) {
             const int64_t place = group * m + top + r;
-            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, rest.get() + place * (group_size / 2), of_fixed.get() + place);
+            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr,
+                        of_fixed.get() + place);
             continue;
           }
           float sum = 0;

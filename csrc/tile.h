@@ -10,9 +10,9 @@ namespace {
 
 // How many vectors of a panel are worked on at once, when each takes so many accumulators: as many as there are registers for, and two at least.
 template <class V>
-constexpr int vectors_for(int sums, int accumulators = V::accumulators) {
+constexpr int vectors_for(int sums) {
   constexpr int all = kPanel / V::width;
-  const int room = accumulators / sums;
+  const int room = V::accumulators / sums;
   return room >= all ? all : room >= 4 ? 4 : 2;
 }
 

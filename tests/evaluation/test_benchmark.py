@@ -328,13 +328,24 @@ def test_a_step_waits_for_nothing_that_a_cuda_graph_cannot_hold(tiny: Callable[.
     assert seen == ["called"] * 2
 
 
-def test_models_that_cannot_be_captured_are_named(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: Any) -> None:
-        raise RuntimeError("called a synchronizing CUDA operation")
+@pytest.mark.parametrize(
+    ("family", "error", "reason"),
+    [
+        ("llama", RuntimeError("called a synchronizing CUDA operation"), "called a synchronizing CUDA operation"),
+        ("mistral-sliding-window", None, "its attention has a window of 8 tokens, and 13 are needed"),
+        ("falcon-rw", None, ".*size"),  # transformers' own, which has as many biases as tokens
+    ],
+)
+def test_models_that_cannot_be_captured_are_named(
+    family: str, error: Exception | None, reason: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stand_in(*_: Any) -> None:
+        if error is not None:
+            raise error
 
-    monkeypatch.setattr(benchmark_model, "captured", refuses)
-    with pytest.raises(InputError, match=r"a model cannot be run as a CUDA graph: called a synchronizing(.|\n)*--eager"):
-        benchmark_model.capture(load(tiny("llama")), torch.zeros(1, 8, dtype=torch.int64), 4, Path("a model"))
+    monkeypatch.setattr(benchmark_model, "captured", stand_in)
+    with pytest.raises(InputError, match=rf"a model cannot be run as a CUDA graph: {reason}(.|\n)*--eager"):
+        benchmark_model.capture(load(tiny(family)), torch.zeros(1, 8, dtype=torch.int64), 4, Path("a model"))
 
 
 def test_models_refuse(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class Row:
     `ratio_to_bf16` is how many times faster than torch's bfloat16 product it is, `gb_per_s` the bytes of the weight and its scales (as
     they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
     need (reading those bytes, or doing the operations, whichever takes longer) over the time. A CPU's limits are measured in turns with the
-    candidates, and their medians count, since its clock varies.
+    candidates, and their medians count, since its clock varies; of a GPU's, measured before each shape, the best of the run count.
     """
 
     scheme: str
@@ -86,7 +86,7 @@ class LeftOut:
 @dataclass(frozen=True)
 class LinearBenchmark:
     machine: dict[str, Any]
-    limits: Limits
+    limits: Limits  # the best of the run
     rows: list[Row]
     left_out: list[LeftOut]
     fused: list[FusedRow]  # on CUDA, where w8a8 is measured
@@ -123,7 +123,8 @@ def bench_linear(
     batches = read_tokens(tokens or TOKENS[place.type])
     candidates, left_out = find_candidates(schemes, place)
     limits: list[Limits] = []  # of each batch
-    rows: list[Row] = []
+    # Those, and: candidate, (m, n, k), seconds, bf16's, bytes of the weight.
+    timed: list[tuple[Limits, tuple[Candidate, tuple[int, int, int], float, float, int]]] = []
     with on(place), threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
         for n, k in sizes:
             limits_now = limits_of(place, count)
@@ -140,7 +141,7 @@ def bench_linear(
                 seconds, failed, batch_limits = time_products(products, torch.randn(m, k, device=place).bfloat16(), limits_now)
                 left_out += [LeftOut(one.scheme, one.name, reason, m, n, k) for one, reason in failed.items()]
                 bf16 = seconds[candidates[0]]
-                rows += [as_row(batch_limits, one, (m, n, k), time, bf16, nbytes[one.scheme]) for one, time in seconds.items()]
+                timed += [(batch_limits, (one, (m, n, k), time, bf16, nbytes[one.scheme])) for one, time in seconds.items()]
                 limits.append(batch_limits)
                 progress.step(f"{n}x{k}, {m} tokens")
             del weights, copies, products  # before the next shape's
@@ -151,6 +152,7 @@ def bench_linear(
             fused = []
             left_out.append(LeftOut("w8a8", "fused operations", reason_of(error)))
     best = summary(limits, max)
+    rows = [as_row(best if place.type == "cuda" else meanwhile, *measured) for meanwhile, measured in timed]
     return LinearBenchmark(describe(count, place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
 
 

@@ -210,7 +210,7 @@ def serve(connection: Connection, directory: Path, threads: int, device: str, ba
             model = load(directory, device=device, backend=backend) if model is None else model
             inputs = torch.tensor(prompts, device=model.device)
             with on(model.device):
-                if graphs and run_graphs is None:
+                if graphs and run_graphs is None:  # for good: what is asked of a process is always the same
                     run_graphs = capture(model, inputs, new_tokens, directory)
                 first, rest = run(model, inputs, new_tokens) if run_graphs is None else run_graphs()
         except (InputError, OSError, RuntimeError) as error:
@@ -228,8 +228,9 @@ def run(model: Any, prompts: Tensor, new_tokens: int) -> tuple[float, float]:
     Greedy, with the model's own cache and forward passes as `generate` makes them, without what it does around them. The end of
     a text does not stop it.
     """
+    only_last = _only_last(model)
     start = _now(model)
-    token, cache = _next(model, prompts)
+    token, cache = _next(model, prompts, **only_last)
     first = _now(model)
     for _ in range(new_tokens - 1):
         token, cache = _next(model, token, cache)
@@ -238,27 +239,34 @@ def run(model: Any, prompts: Tensor, new_tokens: int) -> tuple[float, float]:
 
 @torch.inference_mode()
 def capture(model: Any, prompts: Tensor, new_tokens: int, directory: Path) -> Callable[[], tuple[float, float]]:
-    """`run` as two CUDA graphs, of the prompts and of a token's step, so that neither Python nor launches cost anything.
+    """`run` of these arguments as two CUDA graphs, of the prompts and of a token's step, so that neither Python nor launches cost anything.
 
     The step's cache has room for all tokens from the start (transformers' StaticCache, in which the number of tokens is a tensor), and is
-    filled anew before each run, which is not timed. Only where attention has a sliding window is the place of a token a number, which a
-    graph cannot change: as much is computed there, but not what the model would say. Raises InputError, which names `directory`, for a
-    model that cannot be captured.
+    filled anew before each run, which is not timed. Raises InputError, which names `directory`, for a model that cannot be captured.
     """
-    cache = StaticCache(config=model.config, max_cache_len=prompts.shape[1] + new_tokens)
+    only_last = _only_last(model)
+    positions = prompts.shape[1] + new_tokens + 1  # a window that ends with the last token would be full when the step is captured
     token = torch.empty_like(prompts[:, :1])
-
-    def fill() -> None:
-        cache.reset()
-        token.copy_(_next(model, prompts, cache)[0])
-
-    def step() -> None:
-        token.copy_(_next(model, token, cache)[0])
-
-    fill()
     try:
-        prefill, decode = captured([lambda: _next(model, prompts)], model.device), captured([step], model.device)
-    except RuntimeError as error:
+        prefill = captured([lambda: _next(model, prompts, **only_last)], model.device)  # before there is a second cache
+        cache = StaticCache(config=model.config, max_cache_len=positions)
+        windows = [layer.max_cache_len for layer in cache.layers if layer.is_sliding]
+        if windows and min(windows) < positions:
+            # There the place of a token is not a tensor but a number, which decides what is computed: a graph would write past the end.
+            raise ValueError(f"its attention has a window of {min(windows)} tokens, and {positions} are needed")
+
+        def fill() -> None:
+            cache.reset()
+            token.copy_(_next(model, prompts, cache, **only_last)[0])
+
+        def step() -> None:
+            token.copy_(_next(model, token, cache)[0])
+
+        fill()
+        decode = captured([step], model.device)
+    except torch.OutOfMemoryError:
+        raise  # which the command line explains
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{directory} cannot be run as a CUDA graph: {error}\nMeasure it, and all beside it, with --eager.") from error
 
     @torch.inference_mode()
@@ -275,10 +283,14 @@ def capture(model: Any, prompts: Tensor, new_tokens: int, directory: Path) -> Ca
     return run_graphs
 
 
-def _next(model: Any, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+def _only_last(model: Any) -> dict[str, int]:
+    """The option that leaves out the logits of all tokens but the last, where the model has it."""
+    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+
+def _next(model: Any, tokens: Tensor, cache: Any = None, **options: int) -> tuple[Tensor, Any]:
     """The token (batch, 1) that follows `tokens` (batch, any number), and the cache with `tokens` in it; without one, the model's own."""
-    only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
     return output.logits[:, -1:].argmax(dim=-1), output.past_key_values
 
 

@@ -19,7 +19,7 @@ from smoothquant_plus.evaluation.timing import replayed, seconds_of, turns
 from smoothquant_plus.runtime.kernels import cpu
 
 READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # more than the caches hold
-TRIES, SECONDS = 5, 0.5  # of each call on a GPU; the best counts: nothing makes a machine faster than it is
+TRIES, SECONDS = 5, 0.5  # of each of torch's calls that stand for a limit; the best counts: nothing makes a machine faster than it is
 SIDE = {"cpu": 512, "cuda": 8192}  # matrices that stay in a CPU core's share of the cache, and that fill a GPU
 PEAK_ITERATIONS = 1_000_000
 
@@ -111,7 +111,7 @@ def _estimate(buffer: Tensor) -> Limits:
     numbers = buffer.view(torch.int64)
     side = SIDE["cpu"]
     peaks = {dtype: _peak_of_product(torch.randn(side, side).to(dtype)) for dtype in (torch.bfloat16, torch.float32)}
-    read = buffer.nbytes / seconds_of(numbers.sum, buffer.device) / 1e9
+    read = buffer.nbytes / _best(numbers.sum, buffer.device) / 1e9
     return Limits("an estimate: torch's sum and matrix products", read, None, peaks[torch.bfloat16], peaks[torch.float32])
 
 
