@@ -242,7 +242,9 @@ def capture(model: Any, prompts: Tensor, new_tokens: int, directory: Path) -> Ca
     """`run` of these arguments as two CUDA graphs, of the prompts and of a token's step, so that neither Python nor launches cost anything.
 
     The step's cache has room for all tokens from the start (transformers' StaticCache, in which the number of tokens is a tensor), and is
-    filled anew before each run, which is not timed. Raises InputError, which names `directory`, for a model that cannot be captured.
+    filled anew before each run, which is not timed. Where attention has a window, longer than all tokens, the number is not a tensor and a
+    replay's stays as it was: as much is computed, but not what the model would say. Raises InputError, which names `directory`, for a model
+    that cannot be captured.
     """
     only_last = _only_last(model)
     positions = prompts.shape[1] + new_tokens + 1  # a window that ends with the last token would be full when the step is captured
@@ -252,7 +254,7 @@ def capture(model: Any, prompts: Tensor, new_tokens: int, directory: Path) -> Ca
         cache = StaticCache(config=model.config, max_cache_len=positions)
         windows = [layer.max_cache_len for layer in cache.layers if layer.is_sliding]
         if windows and min(windows) < positions:
-            # There the place of a token is not a tensor but a number, which decides what is computed: a graph would write past the end.
+            # There that number decides what is computed: a replay would write past the end.
             raise ValueError(f"its attention has a window of {min(windows)} tokens, and {positions} are needed")
 
         def fill() -> None:
