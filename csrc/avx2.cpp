@@ -16,6 +16,7 @@ struct Avx2 {
   static constexpr int width = 8;
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
+  static constexpr int ahead = 1024;
   static constexpr bool saturates = true;
   using Float = __m256;
   using Int = __m256i;
@@ -74,16 +75,17 @@ struct Avx2 {
 
 // 255 (x + x') leaves 16 bits where two neighbours of one sign add up to more than 128: such a four becomes x = (x + 1) / 2, rounded down, and the rest.
 // So nothing is lost, whatever x is.
-void cut_pairs(int64_t start, int64_t steps, int rows, int32_t* x, int64_t stride, Rest* rest, int32_t* rests) {
-  for (int64_t i = 0; i < steps * rows; i += 8) {
+int32_t cut_pairs(int64_t start, int64_t steps, int32_t* x, Rest* rest) {
+  int32_t rests = 0;
+  for (int64_t i = 0; i < steps; i += 8) {
     int32_t last[8] = {};
-    const bool whole = i + 8 <= steps * rows;
-    if (!whole) std::memcpy(last, x + i, (steps * rows - i) * 4);
+    const bool whole = i + 8 <= steps;
+    if (!whole) std::memcpy(last, x + i, (steps - i) * 4);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), Avx2::load_int(whole ? x + i : last));
     const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), _mm256_set1_epi16(128));
     const __m256i either = _mm256_or_si256(beyond, _mm256_slli_epi32(beyond, 16));
     for (uint32_t lanes = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(either))); lanes; lanes &= lanes - 1) {
-      const int64_t found = i + __builtin_ctz(lanes), row = found % rows;
+      const int64_t found = i + __builtin_ctz(lanes);
       int8_t four[4], other[4];
       std::memcpy(four, x + found, 4);
       for (int j = 0; j < 4; ++j) {
@@ -92,11 +94,12 @@ void cut_pairs(int64_t start, int64_t steps, int rows, int32_t* x, int64_t strid
         four[j] = static_cast<int8_t>(half);
       }
       std::memcpy(x + found, four, 4);
-      Rest& own = rest[row * stride + rests[row]++];
+      Rest& own = rest[rests++];
       std::memcpy(&own.x, other, 4);
-      own.at = static_cast<int32_t>(start + found / rows);
+      own.at = static_cast<int32_t>(start + found);
     }
   }
+  return rests;
 }
 
 }  // namespace

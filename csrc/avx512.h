@@ -22,8 +22,9 @@ namespace {
 
 struct Avx512 {
   static constexpr int width = 16;
-  static constexpr int rows = 6;
+  static constexpr int rows = 5;
   static constexpr int accumulators = 24;
+  static constexpr int ahead = 8192;
   static constexpr bool saturates = false;
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;

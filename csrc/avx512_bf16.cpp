@@ -30,81 +30,63 @@ SQPLUS_INLINE V::Int decode(V::Int packed) {
   return _mm512_permutexvar_epi16(j == 0 ? packed : _mm512_srli_epi32(packed, 4 * j), _mm512_load_si512(table));
 }
 
-// A group for R rows, H vectors of channels from `from` on. `weight(k, h, j)` gives pair j of step k. There are two sums for each vector, of even and
-// odd pairs, because one would wait for itself; they are always added in the same order, so that a row's result does not depend on the rows
-// beside it.
-template <int R, int H, class Weight>
-SQPLUS_INLINE void group(const W4Tile& t, int64_t g, int64_t top, int from, float* y, Weight&& weight) {
-  const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * t.steps * 4;
-  V::Float sum[2 * R * H];
-  unroll<2 * R * H>(SQPLUS_EACH(i) { sum[i] = _mm512_setzero_ps(); });
-  for (int64_t k = 0; k < t.steps; ++k, x += 4 * R) {
-    unroll<H>(SQPLUS_EACH(h) {
+// And as bfloat16 numbers: pair j of step k for the channels of vector h at (k * kVectors + h) * 4 + j.
+struct DecodedGroup : Group {
+  V::Int weights[16 * 4 * kVectors];  // 16 KB
+};
+
+// A group for R rows. Each row's products are added in the same order, whatever the rows beside it: pairs of input channels one after the other. Few rows have
+// few sums, which wait for themselves: they take a pair for all vectors of channels before the next one.
+template <Nibbles nibbles, int R, class Fetch>
+SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGroup& group, Fetch fetch, float* y) {
+  const uint32_t* w = t.weight + g * t.steps * kPanel;
+  const int64_t length = t.steps * 4;
+  const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * length;
+  V::Int* kept = group.weights;
+  V::Float sum[R * kVectors];
+  unroll<R * kVectors>(SQPLUS_EACH(i) { sum[i] = _mm512_setzero_ps(); });
+  auto fetch_x = next_rows<V, R, 4>(x, length);
+  for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 4, kept += 4 * kVectors) {
+    fetch.step();
+    if constexpr (!Fetch::alone) fetch_x.step();
+    constexpr int at_once = R <= 2 ? kVectors : 1;
+    unroll<kVectors / at_once>(SQPLUS_EACH(part) {
+      V::Int packed[at_once];
+      if constexpr (nibbles != Nibbles::kKept) {
+        unroll<at_once>(SQPLUS_EACH(i) { packed[i] = V::load_int(w + (part * at_once + i) * V::width); });
+      }
       unroll<4>(SQPLUS_EACH(j) {
-        const V::Int w = weight(k, h, j);
-        unroll<R>(SQPLUS_EACH(r) {
-          constexpr int i = (r * H + h) * 2 + j % 2;
-          sum[i] = dot2(sum[i], w, x[j * R + r]);
+        unroll<at_once>(SQPLUS_EACH(i) {
+          constexpr int h = part * at_once + i;
+          V::Int weight;
+          if constexpr (nibbles == Nibbles::kKept) {
+            weight = kept[h * 4 + j];
+          } else {
+            weight = decode<j>(packed[i]);
+          }
+          if constexpr (nibbles == Nibbles::kTakenAndKept) kept[h * 4 + j] = weight;
+          unroll<R>(SQPLUS_EACH(r) { sum[r * kVectors + h] = dot2(sum[r * kVectors + h], weight, x[r * length + j]); });
         });
       });
     });
   }
-  V::Float both[R * H];
-  unroll<R * H>(SQPLUS_EACH(i) { both[i] = _mm512_add_ps(sum[2 * i], sum[2 * i + 1]); });
-  add_group<V, R, H>(t, static_cast<const float*>(t.sums) + g * t.rows + top, g, from, both, y);
-}
-
-// For one block of rows nibbles are decoded on the way.
-template <int R>
-SQPLUS_NOINLINE void one_block(const W4Tile& t, int64_t g, int64_t top) {
-  constexpr int H = R <= 2 ? kVectors : 2;
-  for (int from = 0; from < kPanel; from += H * V::width) {
-    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
-    V::Int packed[H];
-    group<R, H>(t, g, top, from, t.y, [&](int64_t k, auto h, auto j) __attribute__((always_inline)) {
-      if constexpr (j == 0) {
-        if (h == 0 && from == 0) prefetch<V, true>(w + k * kPanel, 4096);
-        packed[h] = V::load_int(w + k * kPanel + h * V::width);
-      }
-      return decode<j>(packed[h]);
-    });
-  }
-}
-
-template <int R>
-SQPLUS_NOINLINE void one_of_many(const W4Tile& t, int64_t g, int64_t top, const V::Int* decoded, float* y) {
-  constexpr int H = R <= 2 ? kVectors : 2;
-  for (int from = 0; from < kVectors; from += H) {
-    group<R, H>(t, g, top, from * V::width, y,
-                [&](int64_t k, auto h, auto j) __attribute__((always_inline)) { return decoded[(k * kVectors + from + h) * 4 + j]; });
-  }
-}
-
-// For many blocks once, 16 KB.
-void many_blocks(const W4Tile& t, int64_t g, int64_t blocks, const Block* block) {
-  alignas(64) V::Int decoded[16 * 4 * kVectors];
-  const uint32_t* w = t.weight + g * t.steps * kPanel;
-  for (int64_t k = 0; k < t.steps; ++k) {
-    prefetch<V, true>(w + k * kPanel, t.steps * kPanel * 4);  // the next group
-    unroll<kVectors>(SQPLUS_EACH(h) {
-      const V::Int packed = V::load_int(w + k * kPanel + h * V::width);
-      unroll<4>(SQPLUS_EACH(j) { decoded[(k * kVectors + h) * 4 + j] = decode<j>(packed); });
-    });
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t top = block[b].top;
-    with_rows<V::rows>(block[b].rows, [&](auto r) { one_of_many<r>(t, g, top, decoded, t.y + (top - block->top) * kPanel); });
-  }
+  add_group<V, R, kVectors>(group, static_cast<const float*>(t.sums) + g * t.rows + top, 0, sum, y);
 }
 
 }  // namespace
 
 void w4_bfloat16_avx512(int64_t blocks, const Block* block, const W4Tile& t) {
+  DecodedGroup group;
   for (int64_t g = 0; g < t.groups; ++g) {
-    if (blocks == 1) {
-      with_rows<V::rows>(block->rows, [&](auto r) { one_block<r>(t, g, block->top); });
-    } else {
-      many_blocks(t, g, blocks, block);
+    take_scales<V>(t, g, &group);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t top = block[b].top;
+      float* y = t.y + (top - block->top) * kPanel;
+      with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
+        fetching<V>(t, g, b, blocks, [&](auto fetch) {
+          with_nibbles(b, blocks, [&](auto nibbles) { group_of<nibbles, r>(t, g, top, group, fetch, y); });
+        });
+      });
     }
   }
 }

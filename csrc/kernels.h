@@ -19,11 +19,13 @@ constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
-// Weights are gone through in chunks that stay in the first-level cache while all blocks of rows use them, and the next one is fetched. Few rows take
-// shorter ones, of which memory would not be done with the next.
-constexpr int64_t kChunk = 64;  // steps of 256 bytes, at most
+// Bytes of a panel's weights at a step: four input channels in W8, eight in W4.
+constexpr int64_t kStep = kPanel * 4;
 
-// A block of rows: 1 to Kernels::rows of them, of which the first is row `top`.
+// W8 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
+constexpr int64_t kChunk = 256;  // steps: 64 KB
+
+// Some rows that are multiplied together, of which the first is row `top`.
 struct Block {
   int64_t top;
   int rows;
@@ -36,7 +38,7 @@ struct Rest {
 };
 
 struct W8Tile {
-  const int32_t* x;       // (chunks, blocks, steps of the chunk, rows of the block): four int8 activations each
+  const int32_t* x;       // (chunks, rows, steps of the chunk): four int8 activations each
   int64_t rows;           // of all blocks
   int64_t steps;          // K / 4
   int64_t chunk;          // steps, at most
@@ -59,7 +61,7 @@ struct Fixed {
 };
 
 struct W4Tile {
-  const void* x;             // (groups, blocks, channels of the group, rows): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
+  const void* x;             // (groups, rows, channels of the group): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
                              // point pairs of int16 for each piece, the high one first
   const void* sums;          // (groups, rows): the activations of each group added up, float32; in fixed point Fixed
   int pieces;                // 2, or 1 and
@@ -71,13 +73,13 @@ struct W4Tile {
   Type scale_type;
   const void* scale;         // (groups, 64)
   const int8_t* zero_point;  // (groups, 64), or null where all are 0
-  float* y;                  // (rows of these blocks, 64)
+  float* y;                  // (rows of these blocks, 64): what is added to
 };
 
 struct Kernels {
   const char* name;
-  int rows;     // the most rows of a block
-  int at_once;  // and of one whose sums, for all of a panel's channels, stay in registers: each weight is read once
+  int rows;     // the most rows of a block, where there are several
+  int at_once;  // and where it is the only one: with sums for all of a panel's channels in registers, so that each weight is read once
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
   void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32, or in fixed point where there is fix
@@ -86,13 +88,13 @@ struct Kernels {
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
+  float (*sum)(const float* x, int64_t count);  // of a multiple of 32
   int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
-  // For products that saturate: cuts fours that could in two, of a block's x from step `start` on. Row r's rests are appended to those at rest + r * stride, of
-  // which there are rests[r]. Null where none do.
-  void (*cut)(int64_t start, int64_t steps, int rows, int32_t* x, int64_t stride, Rest* rest, int32_t* rests);
-  // A group of x, a multiple of 32 and at most 128 channels, in fixed point: two channels a piece, and the next two `stride` further.
-  // Null where w4 takes float32.
-  void (*fix)(const float* x, int64_t count, int pieces, int64_t stride, int32_t* to, Rest* rest, Fixed*);
+  // For products that saturate: cuts fours that could in two, of a row's x from step `start` on. Their rests are appended to `rest`. Returns how many. Null
+  // where none do.
+  int32_t (*cut)(int64_t start, int64_t steps, int32_t* x, Rest* rest);
+  // A group of x, a multiple of 32 and at most 128 channels, in fixed point: two channels a number, `pieces` numbers for each two. Null where w4 takes float32.
+  void (*fix)(const float* x, int64_t count, int pieces, int32_t* to, Rest* rest, Fixed*);
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
 

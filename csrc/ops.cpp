@@ -88,6 +88,8 @@ std::vector<Block> blocks_of(int64_t rows, int64_t most) {
   return blocks;
 }
 
+int64_t most_rows(const Kernels& kernels, int64_t rows) { return rows <= kernels.at_once ? kernels.at_once : kernels.rows; }
+
 int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < x.sizes().size(); ++i) rows *= x.sizes()[i];
@@ -150,58 +152,47 @@ Tensor cpu_pack_w4(const Tensor& given) {
   return packed;
 }
 
-// Every activation scale: given, or the largest absolute value / 127, of a row or of all. Where there is a NaN the scale is NaN, so that the
-// results are too.
-struct InputScales {
-  bool per_token;
-  const float* given;
-
-  std::vector<float> operator()(const Kernels& kernels, const Tensor& x, int64_t m, int64_t k) const {
-    std::vector<float> scales(m);
-    const char* values = static_cast<const char*>(x.data_ptr());
-    const Type type = type_of(x);
-    parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      const auto row = room<float>(k);
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.read(type, values + i * k * size_of(type), k, row.get());
-        scales[i] = kernels.absolute_maximum(row.get(), k);
-      }
-    });
-    if (!given && !per_token) std::fill(scales.begin(), scales.end(), kernels.absolute_maximum(scales.data(), m));
-    for (float& scale : scales) {
-      if (scale == scale) scale = given ? *given : scale == 0 ? 1.0f : scale / 127.0f;
-    }
-    return scales;
-  }
-};
+// What the scale of an activation is whose row, or all of which, has this largest absolute value. NaN where that is NaN, so that the results are too.
+float scale_of(float largest, const float* given) {
+  if (largest != largest) return largest;
+  return given ? *given : largest == 0 ? 1.0f : largest / 127.0f;
+}
 
 // Rows of x as integers.
 struct Integers {
-  std::unique_ptr<int32_t[]> fours;  // (parts, blocks, steps of the part, rows of the block): four channels each
+  std::vector<float> scales;         // (rows)
+  std::unique_ptr<int32_t[]> fours;  // (parts, rows, steps of the part): four channels each
   std::vector<int32_t> sums;         // (parts, rows)
 };
 
-// In parts of `part` steps of four channels. `four` takes a row of int8 and a step.
-template <class Four>
-Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part, const std::vector<float>& scales,
-                     const std::vector<Block>& blocks, Four&& four) {
-  const int64_t m = scales.size();
-  Integers made{room<int32_t>(m * steps), std::vector<int32_t>((steps + part - 1) / part * m)};
+// In parts of `part` steps of four channels. The scales are `given`, or by the largest absolute value of a row or of all.
+Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part, bool per_token, const float* given) {
+  const int64_t m = rows_of(x), parts = (steps + part - 1) / part;
+  Integers made{std::vector<float>(m), room<int32_t>(m * steps), std::vector<int32_t>(parts * m)};
   const char* values = static_cast<const char*>(x.data_ptr());
   const Type type = type_of(x);
-  parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-    const auto floats = room<float>(k);
-    std::vector<int8_t> row(steps * 4);
-    for (int64_t b = begin; b < end; ++b) {
-      const Block& block = blocks[b];
-      for (int r = 0; r < block.rows; ++r) {
-        kernels.read(type, values + (block.top + r) * k * size_of(type), k, floats.get());
-        for (int64_t start = 0; start < steps; start += part) {
-          const int64_t count = std::min(part, steps - start), at = block.top + r;
-          made.sums[start / part * m + at] = kernels.quantize(floats.get() + start * 4, std::min(count * 4, k - start * 4), scales[at], row.data() + start * 4);
-          int32_t* to = made.fours.get() + start * m + block.top * count + r;
-          for (int64_t step = 0; step < count; ++step) to[step * block.rows] = four(row.data(), start + step);
-        }
+  const auto read = [&](int64_t i, float* row) { kernels.read(type, values + i * k * size_of(type), k, row); };
+  const bool of_all = !per_token && !given;
+  if (of_all) {
+    parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      const auto row = room<float>(k);
+      for (int64_t i = begin; i < end; ++i) {
+        read(i, row.get());
+        made.scales[i] = kernels.absolute_maximum(row.get(), k);
+      }
+    });
+    std::fill(made.scales.begin(), made.scales.end(), kernels.absolute_maximum(made.scales.data(), m));
+  }
+  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    const auto row = room<float>(steps * 4);
+    std::fill(row.get() + k, row.get() + steps * 4, 0.0f);
+    for (int64_t i = begin; i < end; ++i) {
+      read(i, row.get());
+      made.scales[i] = scale_of(of_all ? made.scales[i] : kernels.absolute_maximum(row.get(), k), given);
+      for (int64_t start = 0; start < steps; start += part) {
+        const int64_t count = std::min(part, steps - start);
+        int32_t* to = made.fours.get() + start * m + i * count;
+        made.sums[start / part * m + i] = kernels.quantize(row.get() + start * 4, count * 4, made.scales[i], reinterpret_cast<int8_t*>(to));
       }
     }
   });
@@ -222,14 +213,22 @@ void for_panels(int64_t panels, const std::vector<Block>& blocks, Work&& work) {
   });
 }
 
+// Where results go: y (M, N) in memory.
+struct Result {
+  char* data;
+  Type type;
+  int64_t n;
+  Result(const Tensor& y, int64_t n) : data(static_cast<char*>(y.data_ptr())), type(type_of(y)), n(n) {}
+};
+
 // A panel's output channels, for the rows of some blocks.
 struct Panel {
-  int64_t n, first, channels, top, rows;
+  int64_t first, channels, top, rows;
   Panel(int64_t panel, int64_t n, int64_t count, const Block* block)
-      : n(n), first(panel * kPanel), channels(std::min<int64_t>(kPanel, n - first)), top(block->top),
+      : first(panel * kPanel), channels(std::min<int64_t>(kPanel, n - first)), top(block->top),
         rows(block[count - 1].top + block[count - 1].rows - top) {}
   // Where the results of its row r are.
-  void* row(const Tensor& y, int64_t r) const { return static_cast<char*>(y.data_ptr()) + ((top + r) * n + first) * size_of(type_of(y)); }
+  void* row(const Result& y, int64_t r) const { return y.data + ((top + r) * y.n + first) * size_of(y.type); }
 };
 
 // A bias in float32, or null.
@@ -254,30 +253,24 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.is_contiguous() &&
                       (!input_scale || input_scale->scalar_type() == ScalarType::Float),
                   "float32 scales are needed");
-  const Type type = type_of(x);
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
+  const Result result(y, n);
   if (m == 0 || n == 0) return y;
 
-  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
-  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : std::clamp<int64_t>(m, 8, kChunk);
-  const auto scales = InputScales{per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr}(kernels, x, m, k);
-  const Integers integers = integers_of(kernels, x, k, steps, chunk, scales, blocks, [](const int8_t* row, int64_t step) {
-    int32_t four;
-    std::memcpy(&four, row + step * 4, 4);
-    return four;
-  });
+  const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
+  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk;
+  Integers integers = integers_of(kernels, x, k, steps, chunk, per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr);
   std::vector<int32_t> first(m);
   for (size_t i = 0; i < integers.sums.size(); ++i) first[i % m] -= 128 * integers.sums[i];
   const auto rest = room<Rest>(kernels.cut ? m * steps : 0);
   std::vector<int32_t> rests(kernels.cut ? m : 0);
   if (kernels.cut) {
-    parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const auto [top, rows] = blocks[b];
+    parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
         for (int64_t start = 0; start < steps; start += chunk) {
           const int64_t count = std::min(chunk, steps - start);
-          kernels.cut(start, count, rows, integers.fours.get() + start * m + top * count, steps, rest.get() + top * steps, &rests[top]);
+          rests[i] += kernels.cut(start, count, integers.fours.get() + start * m + i * count, rest.get() + i * steps + rests[i]);
         }
       }
     });
@@ -290,8 +283,8 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
     std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
     kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data()});
     for (int64_t r = 0; r < own.rows; ++r) {
-      kernels.write(type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, scales[own.top + r], of_channel + own.first,
-                    offset ? offset.get() + own.first : nullptr, own.row(y, r));
+      kernels.write(result.type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, integers.scales[own.top + r], of_channel + own.first,
+                    offset ? offset.get() + own.first : nullptr, own.row(result, r));
     }
   });
   return y;
@@ -324,18 +317,19 @@ struct Weight4 {
 
   // y = product of the prepared activations in `tile` with the weight, times a scale of each row if there are any, + bias.
   void multiply(const std::vector<Block>& blocks, decltype(Kernels::w4) product, const float* row_scales, const float* bias, const Tensor& y) const {
+    const Result result(y, n);
     for_panels(panels, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-      const Panel at(panel, n, count, block);
-      const auto result = room<float>(at.rows * kPanel);
+      const Panel own(panel, n, count, block);
+      std::vector<float> sums(own.rows * kPanel);  // zeros
       W4Tile t = tile;
       t.weight += panel * kPanel * (k / 8);
       t.scale = static_cast<const char*>(t.scale) + panel * groups * kPanel * size_of(t.scale_type);
       if (t.zero_point) t.zero_point += panel * groups * kPanel;
-      t.y = result.get();
+      t.y = sums.data();
       product(count, block, t);
-      for (int64_t r = 0; r < at.rows; ++r) {
-        kernels.write(type_of(y), result.get() + r * kPanel, at.channels, row_scales ? row_scales[at.top + r] : 1.0f, nullptr,
-                      bias ? bias + at.first : nullptr, at.row(y, r));
+      for (int64_t r = 0; r < own.rows; ++r) {
+        kernels.write(result.type, sums.data() + r * kPanel, own.channels, row_scales ? row_scales[own.top + r] : 1.0f, nullptr,
+                      bias ? bias + own.first : nullptr, own.row(result, r));
       }
     });
   }
@@ -357,34 +351,28 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
 
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
   const int pieces = type == Type::kFloat ? 2 : 1;
-  const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : kernels.rows);
+  const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : most_rows(kernels, m));
   const int64_t of_group = pairs ? group_size / 2 : fixed ? group_size / 2 * pieces : group_size;  // 32-bit numbers
   const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(fixed ? 0 : m * groups);
   const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
   const auto rest = room<Rest>(fixed && pieces == 1 ? m * k / 2 : 0);
   const char* values = static_cast<const char*>(x.data_ptr());
-  parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
-    for (int64_t b = begin; b < end; ++b) {
-      const auto [top, rows] = blocks[b];
-      for (int r = 0; r < rows; ++r) {
-        const char* from = values + (top + r) * k * size_of(type);
-        kernels.read(type, from, k, row.get());
-        const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
-        for (int64_t group = 0; group < groups; ++group) {
-          const float* own = row.get() + group * group_size;
-          int32_t* to = prepared.get() + (group * m + top) * of_group;
-          if (fixed) {
-            const int64_t place = group * m + top + r;
-            kernels.fix(own, group_size, pieces, rows * pieces, to + r * pieces, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr,
-                        of_fixed.get() + place);
-            continue;
-          }
-          float sum = 0;
-          for (int64_t i = 0; i < group_size; ++i) sum += own[i];
-          sums[group * m + top + r] = sum;
-          for (int64_t i = 0; i < of_group; ++i) std::memcpy(to + i * rows + r, numbers + (group * of_group + i) * 4, 4);
+    for (int64_t i = begin; i < end; ++i) {
+      const char* from = values + i * k * size_of(type);
+      kernels.read(type, from, k, row.get());
+      const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
+      for (int64_t group = 0; group < groups; ++group) {
+        const float* own = row.get() + group * group_size;
+        const int64_t place = group * m + i;
+        int32_t* to = prepared.get() + place * of_group;
+        if (fixed) {
+          kernels.fix(own, group_size, pieces, to, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
+        } else {
+          sums[place] = kernels.sum(own, group_size);
+          std::memcpy(to, numbers + group * of_group * 4, of_group * 4);
         }
       }
     }
@@ -409,19 +397,20 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
-  const std::vector<Block> blocks = blocks_of(m, kernels.rows);
-  const auto scales = InputScales{true, nullptr}(kernels, x, m, k);
-  const Integers integers = integers_of(kernels, x, k, k / 4, of_group, scales, blocks, [](const int8_t* row, int64_t step) {
-    int8_t four[4];
-    for (int i = 0; i < 4; ++i) four[i] = row[step / 2 * 8 + kByteOrder[step % 2 * 4 + i]];
-    int32_t together;
-    std::memcpy(&together, four, 4);
-    return together;
+  const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
+  const Integers integers = integers_of(kernels, x, k, k / 4, of_group, true, nullptr);
+  parallel_for(0, m * k / 8, 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int8_t from[8], to[8];
+      std::memcpy(from, integers.fours.get() + 2 * i, 8);
+      for (int j = 0; j < 8; ++j) to[j] = from[kByteOrder[j]];
+      std::memcpy(integers.fours.get() + 2 * i, to, 8);
+    }
   });
   const std::vector<float> sums(integers.sums.begin(), integers.sums.end());
   weight.tile.x = integers.fours.get();
   weight.tile.sums = sums.data();
-  weight.multiply(blocks, kernels.w4a8, scales.data(), offset.get(), y);
+  weight.multiply(blocks, kernels.w4a8, integers.scales.data(), offset.get(), y);
   return y;
 }
 

@@ -8,6 +8,7 @@ struct Portable {
   static constexpr int width = 8;
   static constexpr int rows = 2;
   static constexpr int accumulators = 8;
+  static constexpr int ahead = 1024;  // bytes that weights are fetched before a few rows need them
   static constexpr bool saturates = false;
   struct Float {
     float v[8];

@@ -16,42 +16,85 @@ constexpr int vectors_for(int sums) {
   return room >= all ? all : room >= 4 ? 4 : 2;
 }
 
-// The weights of some channels, `ahead` bytes from a step's own.
-template <class V, bool soon, int channels = kPanel>
-SQPLUS_INLINE void prefetch(const void* own, int64_t ahead) {
-  unroll<channels / 16>(SQPLUS_EACH(i) { V::template prefetch<soon>(static_cast<const char*>(own) + ahead + i * 64); });
+// A block's rows at most: V::rows, or as many as the sums of a whole panel have registers for, where one block is all.
+template <class V>
+constexpr int at_once = V::accumulators * V::width / kPanel;
+template <class V>
+constexpr int most_rows = V::rows > at_once<V> ? V::rows : at_once<V>;
+
+// How far ahead nibbles are fetched, in bytes: a group of 128 input channels or more.
+constexpr int64_t kAhead = 4096;
+
+// The next weights, fetched into the first-level cache (`soon`) or the second while others are multiplied: `lines` of 64 bytes a step.
+template <class V, bool soon, int lines>
+struct Fetch {
+  static constexpr bool alone = lines == 4;
+  const char* at;
+  int64_t stride;
+  SQPLUS_INLINE void step() {
+    unroll<lines>(SQPLUS_EACH(i) { V::template prefetch<soon>(at + i * 64); });
+    at += stride;
+  }
+};
+
+// Calls f with the Fetch of a walk over some weights, one of `walks` until the `bytes` at `next` are needed: each fetches an equal part of them, evenly over its steps,
+// or memory would have nothing to do most of the time.
+template <class V, bool soon, class F>
+SQPLUS_INLINE void fetching(const void* next, int64_t bytes, int64_t walk, int64_t walks, F&& f) {
+  const char* part = static_cast<const char*>(next) + bytes * walk / walks;
+  const int64_t stride = (kStep + walks - 1) / walks;
+  if (walks == 1) {
+    f(Fetch<V, soon, 4>{part, stride});
+  } else if (walks < 4) {
+    f(Fetch<V, soon, 2>{part, stride});
+  } else {
+    f(Fetch<V, soon, 1>{part, stride});
+  }
 }
 
-// One chunk for one block of rows. The first block fetches the next chunk meanwhile; where all is one chunk, its own weights a little ahead.
-template <class V, int R>
-SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_t steps, bool fetch, int32_t* y) {
+// The activations of the next block of rows: those of R rows, `length` numbers each, are followed by them. A step takes so many `numbers` of each row.
+template <class V, int R, int numbers>
+SQPLUS_INLINE auto next_rows(const int32_t* x, int64_t length) {
+  constexpr int bytes = R * numbers * 4;
+  return Fetch<V, true, (bytes + 63) / 64>{reinterpret_cast<const char*>(x + R * length), bytes};
+}
+
+// The same for a walk over a group's nibbles.
+template <class V, class F>
+SQPLUS_INLINE void fetching(const W4Tile& t, int64_t g, int64_t walk, int64_t walks, F&& f) {
+  const int64_t bytes = t.steps * kStep;
+  fetching<V, true>(reinterpret_cast<const char*>(t.weight) + g * bytes + kAhead, bytes, walk, walks, f);
+}
+
+// One chunk of the vectors of channels from `from` on, for one block of rows.
+template <class V, int R, class Fetch>
+SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_t steps, int from, Fetch fetch, int32_t* y) {
   constexpr int H = vectors_for<V>(R);
-  const int64_t ahead = t.chunk < t.steps ? steps * kPanel * 4 : 1024;
-  for (int from = 0; from < kPanel; from += H * V::width) {
-    const uint8_t* w = t.weight + start * kPanel * 4 + from * 4;
-    const int32_t* x = t.x + start * t.rows + top * steps;
-    typename V::Int sum[R * H];
-    unroll<R * H>(SQPLUS_EACH(i) {
-      sum[i] = start == 0 ? V::broadcast_int(t.first[top + i / H]) : V::load_int(y + (i / H) * kPanel + from + (i % H) * V::width);
-    });
-    for (int64_t k = 0; k < steps; ++k, w += kPanel * 4, x += R) {
-      if (fetch) prefetch<V, true, H * V::width>(w, ahead);
-      typename V::Int weight[H];
-      unroll<H>(SQPLUS_EACH(h) { weight[h] = V::load_int(w + h * V::width * 4); });
-      unroll<R>(SQPLUS_EACH(r) {
-        const auto four = V::broadcast_int(x[r]);
-        unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], weight[h], four); });
-      });
-    }
-    unroll<R * H>(SQPLUS_EACH(i) {
-      int32_t* to = y + (i / H) * kPanel + from + (i % H) * V::width;
-      if (V::saturates || start + steps < t.steps) {
-        V::store_int(to, sum[i]);
-      } else {
-        V::store(reinterpret_cast<float*>(to), V::to_float(sum[i]));
-      }
+  const uint8_t* w = t.weight + start * kStep + from * 4;
+  const int32_t* x = t.x + start * t.rows + top * steps;
+  typename V::Int sum[R * H];
+  unroll<R * H>(SQPLUS_EACH(i) {
+    sum[i] = start == 0 ? V::broadcast_int(t.first[top + i / H]) : V::load_int(y + (i / H) * kPanel + from + (i % H) * V::width);
+  });
+  auto fetch_x = next_rows<V, R, 1>(x, steps);
+  for (int64_t k = 0; k < steps; ++k, w += kStep, ++x) {
+    fetch.step();
+    if constexpr (!Fetch::alone) fetch_x.step();
+    typename V::Int weight[H];
+    unroll<H>(SQPLUS_EACH(h) { weight[h] = V::load_int(w + h * V::width * 4); });
+    unroll<R>(SQPLUS_EACH(r) {
+      const auto four = V::broadcast_int(x[r * steps]);
+      unroll<H>(SQPLUS_EACH(h) { sum[r * H + h] = V::dot4(sum[r * H + h], weight[h], four); });
     });
   }
+  unroll<R * H>(SQPLUS_EACH(i) {
+    int32_t* to = y + (i / H) * kPanel + from + (i % H) * V::width;
+    if (V::saturates || start + steps < t.steps) {
+      V::store_int(to, sum[i]);
+    } else {
+      V::store(reinterpret_cast<float*>(to), V::to_float(sum[i]));
+    }
+  });
 }
 
 // What Kernels::cut took off of one row, then float32.
@@ -61,8 +104,8 @@ SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, i
   typename V::Int sum[H];
   unroll<H>(SQPLUS_EACH(h) { sum[h] = V::load_int(y + h * V::width); });
   for (int32_t i = 0; i < rests; ++i) {
-    const uint8_t* w = t.weight + rest[i].at * kPanel * 4;
-    if (i + 2 < rests) prefetch<V, true>(t.weight + rest[i + 2].at * kPanel * 4, 0);
+    const uint8_t* w = t.weight + rest[i].at * kStep;
+    if (i + 2 < rests) Fetch<V, true, 4>{reinterpret_cast<const char*>(t.weight) + rest[i + 2].at * kStep, 0}.step();
     const auto four = V::broadcast_int(rest[i].x);
     unroll<H>(SQPLUS_EACH(h) { sum[h] = V::dot4(sum[h], V::load_int(w + h * V::width * 4), four); });
   }
@@ -73,10 +116,21 @@ template <class V>
 void w8(int64_t blocks, const Block* block, const W8Tile& t) {
   for (int64_t start = 0; start < t.steps; start += t.chunk) {
     const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
+    const uint8_t* own = t.weight + start * kStep;
     for (int64_t b = 0; b < blocks; ++b) {
-      const auto [top, rows] = block[b];
+      const int64_t top = block[b].top;
       int32_t* y = t.y + (top - block->top) * kPanel;
-      with_rows<V::rows>(rows, [&](auto r) { w8_rows<V, r>(t, block[b].top, start, steps, b == 0, y); });
+      with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
+        constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
+        for (int pass = 0; pass < passes; ++pass) {
+          const auto rows = [&](auto fetch) { w8_rows<V, r>(t, top, start, steps, pass * channels, fetch, y); };
+          if (blocks * passes == 1) {
+            fetching<V, true>(own + V::ahead, 0, 0, 1, rows);
+          } else {
+            fetching<V, false>(own + steps * kStep, steps * kStep, b * passes + pass, blocks * passes, rows);
+          }
+        }
+      });
     }
   }
   if constexpr (V::saturates) {
@@ -101,32 +155,64 @@ SQPLUS_INLINE typename V::Float zero_at(const W4Tile& t, int64_t i) {
   return t.zero_point ? V::add(V::to_float(V::load_int8(t.zero_point + i)), eight) : eight;
 }
 
-// y += (sum - zero * sums of the activations) * scale, for group g, R rows and H vectors from channel `from` on.
+// What all blocks of rows need of a group, in float32; zero points are those of nibbles as they are.
+struct Group {
+  alignas(64) float scale[kPanel];
+  alignas(64) float zero[kPanel];
+};
+
+template <class V>
+SQPLUS_INLINE void take_scales(const W4Tile& t, int64_t g, Group* group) {
+  constexpr int64_t soon = 4;
+  const int64_t next = (g + soon) * kPanel, bytes = t.scale_type == Type::kFloat ? 4 : 2;
+  for (int64_t line = 0; line < kPanel * bytes; line += 64) V::template prefetch<true>(static_cast<const char*>(t.scale) + next * bytes + line);
+  if (t.zero_point) V::template prefetch<true>(t.zero_point + next);
+  for (int channel = 0; channel < kPanel; channel += V::width) {
+    V::store(group->scale + channel, scale_at<V>(t, g * kPanel + channel));
+    V::store(group->zero + channel, zero_at<V>(t, g * kPanel + channel));
+  }
+}
+
+// Where a block of rows has its nibbles from. The first one takes them out, and keeps them if there are others.
+enum class Nibbles { kTaken, kTakenAndKept, kKept };
+
+// Calls f with that of block b, as a constant.
+template <class F>
+SQPLUS_INLINE void with_nibbles(int64_t b, int64_t blocks, F&& f) {
+  if (b > 0) {
+    f(std::integral_constant<Nibbles, Nibbles::kKept>{});
+  } else if (blocks > 1) {
+    f(std::integral_constant<Nibbles, Nibbles::kTakenAndKept>{});
+  } else {
+    f(std::integral_constant<Nibbles, Nibbles::kTaken>{});
+  }
+}
+
+// y += (sum - zero * sums of the activations) * scale, for R rows and H vectors from channel `from` on.
 template <class V, int R, int H>
-SQPLUS_INLINE void add_group(const W4Tile& t, const float* sums, int64_t g, int from, const typename V::Float* sum, float* y) {
+SQPLUS_INLINE void add_group(const Group& group, const float* sums, int from, const typename V::Float* sum, float* y) {
   unroll<H>(SQPLUS_EACH(h) {
-    const int64_t i = g * kPanel + from + h * V::width;
-    const auto scale = scale_at<V>(t, i);
-    const auto zero = zero_at<V>(t, i);
+    const int channel = from + h * V::width;
+    const auto scale = V::load(group.scale + channel), zero = V::load(group.zero + channel);
     unroll<R>(SQPLUS_EACH(r) {
-      float* place = y + r * kPanel + from + h * V::width;
-      const auto shifted = V::fnma(zero, V::broadcast(sums[r]), sum[r * H + h]);
-      V::store(place, V::fma(shifted, scale, g == 0 ? V::broadcast(0.0f) : V::load(place)));
+      float* place = y + r * kPanel + channel;
+      V::store(place, V::fma(V::fnma(zero, V::broadcast(sums[r]), sum[r * H + h]), scale, V::load(place)));
     });
   });
 }
 
 // A group for one block of rows alone: nibbles are decoded on the way.
 template <class V, int R>
-SQPLUS_NOINLINE void w4_one(const W4Tile& t, int64_t g, const float* of_group, const float* sums, float* y) {
+SQPLUS_NOINLINE void w4_one(const W4Tile& t, int64_t g, const Group& group, const float* of_group, const float* sums, float* y) {
   constexpr int H = vectors_for<V>(R), pair = R <= 2 ? 2 : 1;
   for (int from = 0; from < kPanel; from += H * V::width) {
     const uint32_t* w = t.weight + g * t.steps * kPanel + from;
     const float* x = of_group;
+    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + kAhead, kStep};
     typename V::Float sum[R * H];
     unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
-    for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 8 * R) {
-      if (from == 0) prefetch<V, true>(w, 4096);
+    for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 8) {
+      if (from == 0) fetch.step();
       unroll<H / pair>(SQPLUS_EACH(p) {
         typename V::Int packed[pair];
         unroll<pair>(SQPLUS_EACH(i) { packed[i] = V::load_int(w + (p * pair + i) * V::width); });
@@ -137,49 +223,50 @@ SQPLUS_NOINLINE void w4_one(const W4Tile& t, int64_t g, const float* of_group, c
           unroll<pair>(SQPLUS_EACH(i) {
             constexpr int h = p * pair + i;
             const auto nibble = V::template nibble<nibble_shift(e)>(packed[i]);
-            unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(nibble, V::broadcast(again[e * R + r]), sum[r * H + h]); });
+            unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(nibble, V::broadcast(again[r * t.steps * 8 + e]), sum[r * H + h]); });
           });
         });
       });
     }
-    add_group<V, R, H>(t, sums, g, from, sum, y);
+    add_group<V, R, H>(group, sums, from, sum, y);
   }
 }
 
 // Decoded weights (channels of a group, 32) times one block of rows.
 template <class V, int R>
-SQPLUS_NOINLINE void w4_decoded(const W4Tile& t, int64_t g, int from, const float* decoded, const float* x, const float* sums, float* y) {
+SQPLUS_NOINLINE void w4_decoded(const W4Tile& t, const Group& group, int from, const float* decoded, const float* x, const float* sums, float* y) {
   constexpr int H = 32 / V::width;
   typename V::Float sum[R * H];
   unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
   for (int64_t k = 0; k < t.steps * 8; ++k) {
     unroll<H>(SQPLUS_EACH(h) {
       const auto weight = V::load(decoded + k * 32 + h * V::width);
-      unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(weight, V::broadcast(x[k * R + r]), sum[r * H + h]); });
+      unroll<R>(SQPLUS_EACH(r) { sum[r * H + h] = V::fma(weight, V::broadcast(x[r * t.steps * 8 + k]), sum[r * H + h]); });
     });
   }
-  add_group<V, R, H>(t, sums, g, from, sum, y);
+  add_group<V, R, H>(group, sums, from, sum, y);
 }
 
 // A group for many blocks of rows: nibbles are decoded once, 32 channels at a time, which stay in the first-level cache. Sums are added in the same
 // order as in w4_one.
 template <class V>
-void w4_many(const W4Tile& t, int64_t g, const float* of_group, int64_t blocks, const Block* block) {
+void w4_many(const W4Tile& t, int64_t g, const Group& group, const float* of_group, int64_t blocks, const Block* block) {
   constexpr int H = 32 / V::width;
   alignas(64) float decoded[128 * 32];
   for (int from = 0; from < kPanel; from += 32) {
     const uint32_t* w = t.weight + g * t.steps * kPanel + from;
+    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + kAhead, kStep};
     for (int64_t k = 0; k < t.steps; ++k) {
-      if (from == 0) prefetch<V, true>(w + k * kPanel, t.steps * kPanel * 4);  // the next group
+      if (from == 0) fetch.step();
       unroll<H>(SQPLUS_EACH(h) {
         const auto packed = V::load_int(w + k * kPanel + h * V::width);
         unroll<8>(SQPLUS_EACH(e) { V::store(decoded + (k * 8 + e) * 32 + h * V::width, V::template nibble<nibble_shift(e)>(packed)); });
       });
     }
     for (int64_t b = 0; b < blocks; ++b) {
-      with_rows<V::rows>(block[b].rows, [&](auto rows) {
+      with_rows<most_rows<V>>(block[b].rows, [&](auto rows) {
         const int64_t top = block[b].top;
-        w4_decoded<V, rows>(t, g, from, decoded, of_group + top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + top, t.y + (top - block->top) * kPanel);
+        w4_decoded<V, rows>(t, group, from, decoded, of_group + top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + top, t.y + (top - block->top) * kPanel);
       });
     }
   }
@@ -187,51 +274,58 @@ void w4_many(const W4Tile& t, int64_t g, const float* of_group, int64_t blocks, 
 
 template <class V>
 void w4(int64_t blocks, const Block* block, const W4Tile& t) {
+  Group group;
   for (int64_t g = 0; g < t.groups; ++g) {
+    take_scales<V>(t, g, &group);
     const float* x = static_cast<const float*>(t.x) + g * t.steps * 8 * t.rows;
     if (blocks == 1) {
-      with_rows<V::rows>(block->rows, [&](auto r) {
-        w4_one<V, r>(t, g, x + block->top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + block->top, t.y);
+      with_rows<most_rows<V>>(block->rows, [&](auto r) {
+        w4_one<V, r>(t, g, group, x + block->top * t.steps * 8, static_cast<const float*>(t.sums) + g * t.rows + block->top, t.y);
       });
     } else {
-      w4_many<V>(t, g, x, blocks, block);
+      w4_many<V>(t, g, group, x, blocks, block);
     }
   }
 }
 
 // Integer activations: sums of a group are exact, scales of groups are applied in float32.
-template <class V, int R>
-SQPLUS_NOINLINE void w4a8_rows(const W4Tile& t, int64_t g, const int32_t* of_group, const float* sums, bool fetch, float* y) {
+template <class V, int R, class Fetch>
+SQPLUS_NOINLINE void w4a8_rows(const W4Tile& t, int64_t g, int64_t top, int from, const Group& group, Fetch fetch, float* y) {
   constexpr int H = vectors_for<V>(R);
-  for (int from = 0; from < kPanel; from += H * V::width) {
-    const uint32_t* w = t.weight + g * t.steps * kPanel + from;
-    const int32_t* x = of_group;
-    typename V::Int sum[R * H];
-    unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
-    for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 2 * R) {
-      if (fetch) prefetch<V, true, H * V::width>(w, 2048);
-      unroll<H>(SQPLUS_EACH(h) {
-        const auto packed = V::load_int(w + h * V::width);
-        const auto low = V::low_nibbles(packed), high = V::high_nibbles(packed);
-        unroll<R>(SQPLUS_EACH(r) {
-          sum[r * H + h] = V::dot8(sum[r * H + h], low, V::broadcast_int(x[r]), high, V::broadcast_int(x[R + r]));
-        });
+  const uint32_t* w = t.weight + g * t.steps * kPanel + from;
+  const int64_t pairs = t.steps * 2;
+  const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * pairs;
+  typename V::Int sum[R * H];
+  unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::zero_int(); });
+  for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 2) {
+    fetch.step();
+    unroll<H>(SQPLUS_EACH(h) {
+      const auto packed = V::load_int(w + h * V::width);
+      const auto low = V::low_nibbles(packed), high = V::high_nibbles(packed);
+      unroll<R>(SQPLUS_EACH(r) {
+        sum[r * H + h] = V::dot8(sum[r * H + h], low, V::broadcast_int(x[r * pairs]), high, V::broadcast_int(x[r * pairs + 1]));
       });
-    }
-    typename V::Float floats[R * H];
-    unroll<R * H>(SQPLUS_EACH(i) { floats[i] = V::to_float(sum[i]); });
-    add_group<V, R, H>(t, sums, g, from, floats, y);
+    });
   }
+  typename V::Float floats[R * H];
+  unroll<R * H>(SQPLUS_EACH(i) { floats[i] = V::to_float(sum[i]); });
+  add_group<V, R, H>(group, static_cast<const float*>(t.sums) + g * t.rows + top, from, floats, y);
 }
 
 template <class V>
 void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
+  Group group;
   for (int64_t g = 0; g < t.groups; ++g) {
-    const int32_t* x = static_cast<const int32_t*>(t.x) + g * t.steps * 2 * t.rows;
+    take_scales<V>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
-      with_rows<V::rows>(block[b].rows, [&](auto r) {
-        w4a8_rows<V, r>(t, g, x + top * t.steps * 2, static_cast<const float*>(t.sums) + g * t.rows + top, b == 0, t.y + (top - block->top) * kPanel);
+      with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
+        constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
+        for (int pass = 0; pass < passes; ++pass) {
+          fetching<V>(t, g, b * passes + pass, blocks * passes, [&](auto fetch) {
+            w4a8_rows<V, r>(t, g, top, pass * channels, group, fetch, t.y + (top - block->top) * kPanel);
+          });
+        }
       });
     }
   }
@@ -292,13 +386,14 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   Kernels kernels{};
   kernels.name = name;
   kernels.rows = V::rows;
-  kernels.at_once = V::accumulators * V::width / kPanel;
+  kernels.at_once = at_once<V>;
   kernels.w8 = w8<V>;
   kernels.w4 = product;
   kernels.fix = fix;
   kernels.w4a8 = w4a8<V>;
   kernels.read = read_row;
   kernels.absolute_maximum = absolute_maximum_of;
+  kernels.sum = sum_of;
   kernels.quantize = quantize_row;
   kernels.write = write_row;
   kernels.read_memory = read_memory<V>;
