@@ -16,7 +16,8 @@ struct Avx2 {
   static constexpr int width = 8;
   static constexpr int rows = 4;
   static constexpr int accumulators = 10;
-  static constexpr int ahead = 1024;
+  static constexpr int ahead = 4096;
+  static constexpr bool soon = true;
   static constexpr bool saturates = true;
   using Float = __m256;
   using Int = __m256i;

@@ -25,6 +25,7 @@ struct Avx512 {
   static constexpr int rows = 5;
   static constexpr int accumulators = 24;
   static constexpr int ahead = 8192;
+  static constexpr bool soon = false;
   static constexpr bool saturates = false;
 #if defined(SQPLUS_EMULATE)
   using Float = emulated::Floats;

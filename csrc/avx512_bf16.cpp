@@ -20,6 +20,15 @@ SQPLUS_INLINE V::Float dot2(V::Float sum, V::Int w, const int32_t& x) {
 #endif
 }
 
+SQPLUS_INLINE V::Float dot2(V::Float sum, V::Int w, V::Int x) {
+#if defined(SQPLUS_EMULATE)
+  return emulated::dpbf16_ps(sum, w, x);
+#else
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  return sum;
+#endif
+}
+
 // Two 0..15 as bfloat16 in each 32-bit lane: pair j of the eight input channels. The look-up takes 5 bits, the highest of which belongs to
 // another channel: the table has everything twice.
 template <int j>
@@ -39,6 +48,8 @@ struct DecodedGroup : Group {
 // few sums, which wait for themselves: they take a pair for all vectors of channels before the next one.
 template <Nibbles nibbles, int R, class Fetch>
 SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGroup& group, Fetch fetch, float* y) {
+  constexpr bool few = R <= 2;
+  constexpr int at_once = few ? kVectors : 1;
   const uint32_t* w = t.weight + g * t.steps * kPanel;
   const int64_t length = t.steps * 4;
   const int32_t* x = static_cast<const int32_t*>(t.x) + (g * t.rows + top) * length;
@@ -49,13 +60,14 @@ SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGr
   for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 4, kept += 4 * kVectors) {
     fetch.step();
     if constexpr (!Fetch::alone) fetch_x.step();
-    constexpr int at_once = R <= 2 ? kVectors : 1;
     unroll<kVectors / at_once>(SQPLUS_EACH(part) {
       V::Int packed[at_once];
       if constexpr (nibbles != Nibbles::kKept) {
         unroll<at_once>(SQPLUS_EACH(i) { packed[i] = V::load_int(w + (part * at_once + i) * V::width); });
       }
       unroll<4>(SQPLUS_EACH(j) {
+        V::Int pair[R];
+        if constexpr (few) unroll<R>(SQPLUS_EACH(r) { pair[r] = V::broadcast_int(x[r * length + j]); });
         unroll<at_once>(SQPLUS_EACH(i) {
           constexpr int h = part * at_once + i;
           V::Int weight;
@@ -65,7 +77,10 @@ SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGr
             weight = decode<j>(packed[i]);
           }
           if constexpr (nibbles == Nibbles::kTakenAndKept) kept[h * 4 + j] = weight;
-          unroll<R>(SQPLUS_EACH(r) { sum[r * kVectors + h] = dot2(sum[r * kVectors + h], weight, x[r * length + j]); });
+          unroll<R>(SQPLUS_EACH(r) {
+            V::Float& own = sum[r * kVectors + h];
+            own = few ? dot2(own, weight, pair[r]) : dot2(own, weight, x[r * length + j]);
+          });
         });
       });
     });

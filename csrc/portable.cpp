@@ -8,7 +8,8 @@ struct Portable {
   static constexpr int width = 8;
   static constexpr int rows = 2;
   static constexpr int accumulators = 8;
-  static constexpr int ahead = 1024;  // bytes that weights are fetched before a few rows need them
+  static constexpr int ahead = 4096;  // bytes that weights of W4A16 are fetched before they are needed
+  static constexpr bool soon = true;  // into the first-level cache
   static constexpr bool saturates = false;
   struct Float {
     float v[8];

@@ -22,13 +22,10 @@ constexpr int at_once = V::accumulators * V::width / kPanel;
 template <class V>
 constexpr int most_rows = V::rows > at_once<V> ? V::rows : at_once<V>;
 
-// How far ahead nibbles are fetched, in bytes: a group of 128 input channels or more.
-constexpr int64_t kAhead = 4096;
-
 // The next weights, fetched into the first-level cache (`soon`) or the second while others are multiplied: `lines` of 64 bytes a step.
 template <class V, bool soon, int lines>
 struct Fetch {
-  static constexpr bool alone = lines == 4;
+  static constexpr bool alone = lines == 0 || lines == 4;  // nothing else goes over the same weights
   const char* at;
   int64_t stride;
   SQPLUS_INLINE void step() {
@@ -63,8 +60,12 @@ SQPLUS_INLINE auto next_rows(const int32_t* x, int64_t length) {
 template <class V, class F>
 SQPLUS_INLINE void fetching(const W4Tile& t, int64_t g, int64_t walk, int64_t walks, F&& f) {
   const int64_t bytes = t.steps * kStep;
-  fetching<V, true>(reinterpret_cast<const char*>(t.weight) + g * bytes + kAhead, bytes, walk, walks, f);
+  fetching<V, V::soon>(reinterpret_cast<const char*>(t.weight) + g * bytes + V::ahead, bytes, walk, walks, f);
 }
+
+// The processor's own: it is faster where there is little to do between reads.
+template <class V>
+using NoFetch = Fetch<V, false, 0>;
 
 // One chunk of the vectors of channels from `from` on, for one block of rows.
 template <class V, int R, class Fetch>
@@ -125,7 +126,7 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
         for (int pass = 0; pass < passes; ++pass) {
           const auto rows = [&](auto fetch) { w8_rows<V, r>(t, top, start, steps, pass * channels, fetch, y); };
           if (blocks * passes == 1) {
-            fetching<V, true>(own + V::ahead, 0, 0, 1, rows);
+            rows(NoFetch<V>{});
           } else {
             fetching<V, false>(own + steps * kStep, steps * kStep, b * passes + pass, blocks * passes, rows);
           }
@@ -208,7 +209,7 @@ SQPLUS_NOINLINE void w4_one(const W4Tile& t, int64_t g, const Group& group, cons
   for (int from = 0; from < kPanel; from += H * V::width) {
     const uint32_t* w = t.weight + g * t.steps * kPanel + from;
     const float* x = of_group;
-    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + kAhead, kStep};
+    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + V::ahead, kStep};
     typename V::Float sum[R * H];
     unroll<R * H>(SQPLUS_EACH(i) { sum[i] = V::broadcast(0.0f); });
     for (int64_t k = 0; k < t.steps; ++k, w += kPanel, x += 8) {
@@ -255,7 +256,7 @@ void w4_many(const W4Tile& t, int64_t g, const Group& group, const float* of_gro
   alignas(64) float decoded[128 * 32];
   for (int from = 0; from < kPanel; from += 32) {
     const uint32_t* w = t.weight + g * t.steps * kPanel + from;
-    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + kAhead, kStep};
+    Fetch<V, true, 4> fetch{reinterpret_cast<const char*>(w) + V::ahead, kStep};
     for (int64_t k = 0; k < t.steps; ++k) {
       if (from == 0) fetch.step();
       unroll<H>(SQPLUS_EACH(h) {
@@ -322,9 +323,12 @@ void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
       with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
         constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
         for (int pass = 0; pass < passes; ++pass) {
-          fetching<V>(t, g, b * passes + pass, blocks * passes, [&](auto fetch) {
-            w4a8_rows<V, r>(t, g, top, pass * channels, group, fetch, t.y + (top - block->top) * kPanel);
-          });
+          const auto rows = [&](auto fetch) { w4a8_rows<V, r>(t, g, top, pass * channels, group, fetch, t.y + (top - block->top) * kPanel); };
+          if (blocks * passes == 1) {
+            rows(NoFetch<V>{});
+          } else {
+            fetching<V>(t, g, b * passes + pass, blocks * passes, rows);
+          }
         }
       });
     }

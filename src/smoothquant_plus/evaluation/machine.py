@@ -139,7 +139,7 @@ def _read_buffer(device: torch.device) -> Tensor:
     nbytes = READ_BYTES[device.type]
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.ones(nbytes, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones would be small pages
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
