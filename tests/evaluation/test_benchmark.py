@@ -22,9 +22,10 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation import benchmark_fused, benchmark_linear, benchmark_model, machine, timing
 from smoothquant_plus.evaluation.benchmark_linear import bench_linear, remarks, tables
 from smoothquant_plus.evaluation.benchmark_model import bench_model
+from smoothquant_plus.evaluation.cpu_peers import CPU_PEERS
 from smoothquant_plus.evaluation.gpu_peers import gptq
 from smoothquant_plus.evaluation.machine import Limits
-from smoothquant_plus.evaluation.peers import BF16, CPU_PEERS, Peer, Weights
+from smoothquant_plus.evaluation.peers import BF16, Peer, Weights
 from smoothquant_plus.evaluation.timing import turns
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.runtime.kernels import backends

@@ -14,9 +14,10 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation import benchmark_fused
 from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
+from smoothquant_plus.evaluation.cpu_peers import CPU_PEERS
 from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
 from smoothquant_plus.evaluation.machine import Limits, describe, limits_of, summary
-from smoothquant_plus.evaluation.peers import CPU_PEERS, Product, Weights
+from smoothquant_plus.evaluation.peers import Product, Weights
 from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
