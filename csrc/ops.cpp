@@ -102,16 +102,18 @@ Tensor result_for(const Tensor& x, int64_t channels) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// Zeros in pages of 2 MB where the system has them: a product at M = 1 reads every page of a weight once.
+// Zeros in pages of 2 MB where the system has them: a product at M = 1 reads every page of a weight once. They start with a page, or memory before the first whole one
+// would be in small pages; what that leaves out is never touched, so no memory is behind it.
 Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
-  Tensor made = torch::stable::new_empty(like, {count}, type);
-  const int64_t bytes = count * (type == ScalarType::Int ? 4 : 1), page = 2 << 20;
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(made.data_ptr()), page);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(made.data_ptr()) + bytes) / page * page;
+  const int64_t size = type == ScalarType::Int ? 4 : 1, bytes = count * size, page = 2 << 20;
+  if (bytes < page) return torch::stable::new_zeros(like, {count}, type);
+  Tensor room = torch::stable::new_empty(like, {count + page / size}, type);
+  const int64_t before = -reinterpret_cast<intptr_t>(room.data_ptr()) & (page - 1);
+  Tensor made = torch::stable::narrow(room, 0, before / size, count);
 #if defined(MADV_HUGEPAGE)
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
+  madvise(made.data_ptr(), bytes / page * page, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
 #endif
-  if (bytes) std::memset(made.data_ptr(), 0, bytes);
+  std::memset(made.data_ptr(), 0, bytes);
   return made;
 }
 
