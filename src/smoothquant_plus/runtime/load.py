@@ -28,6 +28,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.attention import speed_up
 from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
 
@@ -99,6 +100,8 @@ def load(
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
     fuse(blocks)
+    if scheme is not None and model.device.type == "cpu":  # what is not quantized stays as transformers has it
+        speed_up(model)
     return model.eval()
 
 
