@@ -39,8 +39,17 @@ else:
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu", "c10"],
-        # Loops that compare floats are vectorized only where no comparison is to raise an exception of the processor's. Symbols as of PyTorch 2.10.
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000", *flags],
+        # Loops that compare floats are vectorized only where no comparison is to raise an exception of the processor's. Products are added without rounding
+        # only where the code says so, or levels would differ. Symbols as of PyTorch 2.10.
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-fno-trapping-math",
+            "-ffp-contract=off",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *flags,
+        ],
         extra_link_args=flags,
         language="c++",
         py_limited_api=True,  # it has no Python in it

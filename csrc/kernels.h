@@ -89,7 +89,7 @@ struct Kernels {
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
   float (*sum)(const float* x, int64_t count);  // of a multiple of 32
-  int32_t (*quantize)(const float* x, int64_t count, float scale, int8_t* to);  // returns what they add up to
+  int32_t (*quantize)(const float* x, int64_t count, float largest, float scale, int8_t* to);  // `largest` absolute value; returns what they add up to
   // For products that saturate: cuts fours that could in two, of a row's x from step `start` on. Their rests are appended to `rest`. Returns how many. Null
   // where none do.
   int32_t (*cut)(int64_t start, int64_t steps, int32_t* x, Rest* rest);

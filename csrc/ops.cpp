@@ -190,11 +190,12 @@ Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t
     std::fill(row.get() + k, row.get() + steps * 4, 0.0f);
     for (int64_t i = begin; i < end; ++i) {
       read(i, row.get());
-      made.scales[i] = scale_of(of_all ? made.scales[i] : kernels.absolute_maximum(row.get(), k), given);
+      const float largest = of_all ? made.scales[i] : kernels.absolute_maximum(row.get(), k);
+      made.scales[i] = scale_of(largest, given);
       for (int64_t start = 0; start < steps; start += part) {
         const int64_t count = std::min(part, steps - start);
         int32_t* to = made.fours.get() + start * m + i * count;
-        made.sums[start / part * m + i] = kernels.quantize(row.get() + start * 4, count * 4, made.scales[i], reinterpret_cast<int8_t*>(to));
+        made.sums[start / part * m + i] = kernels.quantize(row.get() + start * 4, count * 4, largest, made.scales[i], reinterpret_cast<int8_t*>(to));
       }
     }
   });

@@ -85,38 +85,54 @@ inline float sum_of(const float* x, int64_t count) {
   return parts[0];
 }
 
-// Rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes -128.
-inline int32_t quantize_row(const float* x, int64_t count, float scale, int8_t* to) {
+// x / scale, rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes any number.
+template <bool clip>
+inline int32_t quantize_each(const float* x, int64_t count, float scale, int8_t* to) {
+  constexpr float shift = 12582912.0f;
   int32_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float value = x[i] / scale;
-    const float above = value > -128.0f ? value : -128.0f;
-    const float bounded = above < 127.0f ? above : 127.0f;
-    const int32_t integer = static_cast<int32_t>((bounded + 12582912.0f) - 12582912.0f);
-    to[i] = static_cast<int8_t>(integer);
-    sum += integer;
+    float value = x[i] / scale;
+    if (clip) {
+      value = value > -128.0f ? value : -128.0f;
+      value = value < 127.0f ? value : 127.0f;
+    }
+    const int32_t integer = static_cast<int32_t>(as_bits(value + shift)) - 0x4b400000;
+    const int32_t above = integer > -128 ? integer : -128, bounded = above < 127 ? above : 127;
+    to[i] = static_cast<int8_t>(bounded);
+    sum += bounded;
   }
   return sum;
 }
 
+// Clipped as integers where all are small enough for that: comparing floats takes as long as everything else together.
+inline int32_t quantize_row(const float* x, int64_t count, float largest, float scale, int8_t* to) {
+  return largest < scale * 0x1p20f ? quantize_each<false>(x, count, scale, to) : quantize_each<true>(x, count, scale, to);
+}
+
+template <bool scaled, bool biased, class Store>
+inline void write_each(const float* y, int64_t count, float row_scale, const float* scale, const float* bias, Store&& store) {
+  for (int64_t i = 0; i < count; ++i) {
+    float value = y[i] * row_scale;
+    if (scaled) value *= scale[i];
+    if (biased) value += bias[i];
+    store(i, value);
+  }
+}
+
 inline void write_row(Type type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to) {
-  alignas(64) float values[kPanel];
-  for (int64_t i = 0; i < count; ++i) values[i] = y[i] * row_scale;
-  if (scale) {
-    for (int64_t i = 0; i < count; ++i) values[i] *= scale[i];
-  }
-  if (bias) {
-    for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
-  }
-  uint16_t* bits = static_cast<uint16_t*>(to);
+  const auto write = [&](auto store) {
+    const auto all = [&](int64_t known) {
+      if (scale && bias) return write_each<true, true>(y, known, row_scale, scale, bias, store);
+      if (scale) return write_each<true, false>(y, known, row_scale, scale, bias, store);
+      if (bias) return write_each<false, true>(y, known, row_scale, scale, bias, store);
+      return write_each<false, false>(y, known, row_scale, scale, bias, store);
+    };
+    count == kPanel ? all(kPanel) : all(count);  // a constant for nearly all
+  };
   switch (type) {
-    case Type::kFloat: std::memcpy(to, values, count * sizeof(float)); return;
-    case Type::kBFloat16:
-      for (int64_t i = 0; i < count; ++i) bits[i] = to_bfloat16(values[i]);
-      return;
-    case Type::kHalf:
-      for (int64_t i = 0; i < count; ++i) bits[i] = to_half(values[i]);
-      return;
+    case Type::kFloat: return write([to](int64_t i, float value) { static_cast<float*>(to)[i] = value; });
+    case Type::kBFloat16: return write([to](int64_t i, float value) { static_cast<uint16_t*>(to)[i] = to_bfloat16(value); });
+    case Type::kHalf: return write([to](int64_t i, float value) { static_cast<uint16_t*>(to)[i] = to_half(value); });
   }
 }
 
