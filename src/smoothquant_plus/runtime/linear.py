@@ -55,15 +55,17 @@ class QuantLinear(nn.Module):
             raise ValueError(f"static activation quantization needs the input scale of this {self.out_features}x{self.in_features} layer")
         self.scheme = scheme
         self.backend, self._kernels = select(scheme, weight.values.device, (self.out_features, self.in_features), backend)
-        for index, tensor in enumerate(self._kernels.prepare(weight)):
-            self.register_buffer(f"prepared_{index}", tensor, persistent=False)
+        prepared = {f"prepared_{index}": tensor for index, tensor in enumerate(self._kernels.prepare(weight))}
+        self._prepared_names = tuple(prepared)
+        for name, tensor in prepared.items():
+            self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("input_scale", input_scale, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     @property
     def prepared(self) -> tuple[Tensor, ...]:
         """What the backend's `prepare` made of the weight."""
-        return tuple(buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("prepared_"))
+        return tuple(buffer for name in self._prepared_names if (buffer := self._buffers[name]) is not None)
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         if isinstance(x, QuantizedInput):
