@@ -39,8 +39,8 @@ else:
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu", "c10"],
-        # Loops that compare floats are vectorized only where no comparison is to raise an exception of the processor's. Products are added without rounding
-        # only where the code says so, or levels would differ. Symbols as of PyTorch 2.10.
+        # Loops that compare floats are vectorized only where no comparison is to raise an exception of the processor's. Products are added
+        # without rounding only where the code says so, or levels would differ. Symbols as of PyTorch 2.10.
         extra_compile_args=[
             "-O3",
             "-g0",
