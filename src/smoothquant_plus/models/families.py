@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.models.rows import Rows
+
+TRANSFORMERS = tuple(int(part) for part in version("transformers").split(".")[:2])
 
 # What `--smooth` may ask for: nothing, the pairs that start at a norm (SmoothQuant), or every pair that is exactly equivalent.
 SMOOTH = ("none", "norms", "all")
@@ -297,7 +300,7 @@ FAMILIES: dict[str, Family] = {
             Pair("attn.v_proj", ("attn.out_proj",), rows="values", when="all"),
         ),
         alpha=None,
-        returns_tuple=True,
+        returns_tuple=TRANSFORMERS < (5, 24),
     ),
     "falcon": Family(
         model_types=("falcon",),
