@@ -1,7 +1,7 @@
 """What transformers does slowly on a CPU once linears are fast: attention of a single token, and the head after a prompt.
 
 PyTorch's attention of one token in 16 bits takes 5 to 20 times as long as the two products that it is made of (torch 2.13, 260 to 1024
-positions): as long as a block's linears in 4 bits.
+positions): most of the time that a block's linears in 4 bits take.
 """
 
 from __future__ import annotations
