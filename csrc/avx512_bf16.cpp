@@ -29,14 +29,21 @@ SQPLUS_INLINE V::Float dot2(V::Float sum, V::Int w, V::Int x) {
 #endif
 }
 
-// Two 0..15 as bfloat16 in each 32-bit lane: pair j of the eight input channels. The look-up takes 5 bits, the highest of which belongs to
-// another channel: the table has everything twice.
-template <int j>
+// Pair j of the eight input channels as bfloat16 numbers, 16 more than their nibbles: a nibble is the upper half of a mantissa whose exponent says 16. What waits for
+// the table has no use for the units that multiply, bits are combined by any: that is faster where there is little to multiply.
+constexpr int kZero = 8 + 16;
+template <int j, bool few>
 SQPLUS_INLINE V::Int decode(V::Int packed) {
-  alignas(64) static constexpr uint16_t table[32] = {
-      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-  return _mm512_permutexvar_epi16(j == 0 ? packed : _mm512_srli_epi32(packed, 4 * j), _mm512_load_si512(table));
+  if constexpr (few) {
+    const V::Int there = j == 0 ? _mm512_slli_epi32(packed, 3) : _mm512_srli_epi32(packed, 4 * j - 3);
+    return _mm512_or_si512(_mm512_and_si512(there, _mm512_set1_epi32(0x00780078)), _mm512_set1_epi32(0x41804180));  // one instruction
+  } else {
+    // The look-up takes 5 bits, the highest of which belongs to another channel: the table has everything twice.
+    alignas(64) static constexpr uint16_t table[32] = {
+        0x4180, 0x4188, 0x4190, 0x4198, 0x41a0, 0x41a8, 0x41b0, 0x41b8, 0x41c0, 0x41c8, 0x41d0, 0x41d8, 0x41e0, 0x41e8, 0x41f0, 0x41f8,
+        0x4180, 0x4188, 0x4190, 0x4198, 0x41a0, 0x41a8, 0x41b0, 0x41b8, 0x41c0, 0x41c8, 0x41d0, 0x41d8, 0x41e0, 0x41e8, 0x41f0, 0x41f8};
+    return _mm512_permutexvar_epi16(j == 0 ? packed : _mm512_srli_epi32(packed, 4 * j), _mm512_load_si512(table));
+  }
 }
 
 // And as bfloat16 numbers: pair j of step k for the channels of vector h at (k * kVectors + h) * 4 + j.
@@ -74,7 +81,7 @@ SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGr
           if constexpr (nibbles == Nibbles::kKept) {
             weight = kept[h * 4 + j];
           } else {
-            weight = decode<j>(packed[i]);
+            weight = decode<j, few>(packed[i]);
           }
           if constexpr (nibbles == Nibbles::kTakenAndKept) kept[h * 4 + j] = weight;
           unroll<R>(SQPLUS_EACH(r) {
@@ -90,13 +97,23 @@ SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGr
 
 }  // namespace
 
+// Products with ones, in sixteen parts that are added up in pairs.
+float sum_bfloat16_avx512(const void* x, int64_t count) {
+  V::Float sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 32) sum = dot2(sum, V::load_int(static_cast<const uint16_t*>(x) + i), V::broadcast_int(0x3f803f80));
+  float parts[16];
+  V::store(parts, sum);
+  return added_up(parts);
+}
+
 void w4_bfloat16_avx512(int64_t blocks, const Block* block, const W4Tile& t) {
   DecodedGroup group;
   for (int64_t g = 0; g < t.groups; ++g) {
-    take_scales<V>(t, g, &group);
+    take_scales<V, kZero>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
       float* y = t.y + (top - block->top) * kPanel;
+      if (g == t.groups - 1) fetch_results(t.results, top - block->top, block[b].rows);
       with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
         fetching<V>(t, g, b, blocks, [&](auto fetch) {
           with_nibbles(b, blocks, [&](auto nibbles) { group_of<nibbles, r>(t, g, top, group, fetch, y); });

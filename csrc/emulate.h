@@ -50,6 +50,7 @@ inline Longs add_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) + as
 inline Longs sub_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) - as<Unsigned>(b)); }
 inline Longs mullo_epi32(Longs a, Longs b) { return as<Longs>(as<Unsigned>(a) * as<Unsigned>(b)); }
 inline Longs and_si512(Longs a, Longs b) { return a & b; }
+inline Longs or_si512(Longs a, Longs b) { return a | b; }
 inline Longs srli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) >> bits); }
 inline Longs srli_epi16(Longs a, int bits) { return as<Longs>(as<Shorts>(a) >> bits); }
 inline Longs slli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) << bits); }
@@ -133,6 +134,7 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_loadu_si512 sqplus::emulated::load
 #define _mm512_mul_ps sqplus::emulated::mul_ps
 #define _mm512_mullo_epi32 sqplus::emulated::mullo_epi32
+#define _mm512_or_si512 sqplus::emulated::or_si512
 #define _mm512_permutexvar_epi16 sqplus::emulated::permutexvar_epi16
 #define _mm512_set1_epi32 sqplus::emulated::set1_epi32
 #define _mm512_set1_ps sqplus::emulated::set1_ps

@@ -171,7 +171,9 @@ void w4_fixed_in(int64_t blocks, const Block* block, const W4Tile& t) {
     take_scales<V>(t, g, &group);
     for (int channel = 0; channel < kPanel; ++channel) group.zeros[channel] = static_cast<int32_t>(group.zero[channel]);
     for (int64_t b = 0; b < blocks; ++b) {
-      float* y = t.y + (block[b].top - block->top) * kPanel;
+      const int64_t top = block[b].top - block->top;
+      float* y = t.y + top * kPanel;
+      if (g == t.groups - 1) fetch_results(t.results, top, block[b].rows);
       with_nibbles(b, blocks, [&](auto nibbles) { fixed_block<V, P, nibbles>(t, g, block[b], b, blocks, group, y); });
     }
   }

@@ -37,6 +37,12 @@ struct Rest {
   int32_t at;  // of which step (W8), or which of a group's pairs (W4)
 };
 
+// Where a panel's results are written in the end: so many bytes a row, each row `stride` bytes after the one before.
+struct Results {
+  char* at;
+  int64_t stride, bytes;
+};
+
 struct W8Tile {
   const int32_t* x;       // (chunks, rows, steps of the chunk): four int8 activations each
   int64_t rows;           // of all blocks
@@ -47,6 +53,7 @@ struct W8Tile {
   const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
   const int32_t* rests;   // (rows): how many
   int32_t* y;             // (rows of these blocks, 64): the integer sums; in the end float32
+  Results results;        // of these blocks
 };
 
 // x in fixed point: two pieces of each number, int16, whose products with nibbles integer instructions add up exactly. A number is high * 256 + low, of 23 bits
@@ -74,6 +81,7 @@ struct W4Tile {
   const void* scale;         // (groups, 64)
   const int8_t* zero_point;  // (groups, 64), or null where all are 0
   float* y;                  // (rows of these blocks, 64): what is added to
+  Results results;           // of these blocks
 };
 
 struct Kernels {
@@ -89,6 +97,7 @@ struct Kernels {
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one
   float (*sum)(const float* x, int64_t count);  // of a multiple of 32
+  float (*sum_bfloat16)(const void* x, int64_t count);  // where there is w4_bfloat16
   int32_t (*quantize)(const float* x, int64_t count, float largest, float scale, int8_t* to);  // `largest` absolute value; returns what they add up to
   // For products that saturate: cuts fours that could in two, of a row's x from step `start` on. Their rests are appended to `rest`. Returns how many. Null
   // where none do.
@@ -111,6 +120,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 // What kAvx512Bf16 has beyond kAvx512.
 void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);
+float sum_bfloat16_avx512(const void* x, int64_t count);
 int64_t peak_bfloat16_avx512(int64_t iterations);
 #endif
 

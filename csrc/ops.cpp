@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -44,6 +46,7 @@ std::vector<Kernels> levels_here() {
     Kernels kernels = kAvx512;
     kernels.name = "avx512_bf16";
     kernels.w4_bfloat16 = w4_bfloat16_avx512;
+    kernels.sum_bfloat16 = sum_bfloat16_avx512;
     kernels.peak_bfloat16 = peak_bfloat16_avx512;
     levels.push_back(kernels);
   }
@@ -102,17 +105,40 @@ Tensor result_for(const Tensor& x, int64_t channels) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// Zeros in pages of 2 MB where the system has them: a product at M = 1 reads every page of a weight once. They start with a page, or memory before the first whole one
-// would be in small pages; what that leaves out is never touched, so no memory is behind it.
-Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
-  const int64_t size = type == ScalarType::Int ? 4 : 1, bytes = count * size, page = 2 << 20;
-  if (bytes < page) return torch::stable::new_zeros(like, {count}, type);
-  Tensor room = torch::stable::new_empty(like, {count + page / size}, type);
-  const int64_t before = -reinterpret_cast<intptr_t>(room.data_ptr()) & (page - 1);
-  Tensor made = torch::stable::narrow(room, 0, before / size, count);
+constexpr int64_t kPage = 2 << 20, kShared = 32 << 20;
+
+// Memory that starts with a page of 2 MB and is in such pages where the system has them: a product at M = 1 reads every page of a weight once, and memory before the
+// first whole one would be in small pages. What that leaves out is never touched, so no memory is behind it.
+Tensor pages(const Tensor& like, int64_t bytes, ScalarType type) {
+  const int64_t size = type == ScalarType::Int ? 4 : 1;
+  Tensor room = torch::stable::new_empty(like, {(bytes + kPage) / size}, type);
+  const int64_t before = -reinterpret_cast<intptr_t>(room.data_ptr()) & (kPage - 1);
+  Tensor made = torch::stable::narrow(room, 0, before / size, bytes / size);
 #if defined(MADV_HUGEPAGE)
-  madvise(made.data_ptr(), bytes / page * page, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
+  madvise(made.data_ptr(), bytes / kPage * kPage, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
 #endif
+  return made;
+}
+
+// Zeros for a weight. Small ones are given parts of the same pages, which are freed with the last of them.
+Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
+  const int64_t size = type == ScalarType::Int ? 4 : 1, bytes = count * size;
+  Tensor made;
+  if (bytes > kShared / 4) {
+    made = pages(like, bytes, type);
+  } else {
+    struct Shared {
+      Tensor all;
+      int64_t used = kShared;
+    };
+    static std::mutex mutex;
+    static auto& shared = *new std::map<ScalarType, Shared>;  // never destroyed: PyTorch may be gone before
+    const std::lock_guard<std::mutex> lock(mutex);
+    Shared& own = shared[type];
+    if (own.used + bytes > kShared) own = {pages(like, kShared, type), 0};
+    made = torch::stable::narrow(own.all, 0, own.used / size, count);
+    own.used += round_up(bytes, 64);
+  }
   std::memset(made.data_ptr(), 0, bytes);
   return made;
 }
@@ -230,8 +256,9 @@ struct Panel {
   Panel(int64_t panel, int64_t n, int64_t count, const Block* block)
       : first(panel * kPanel), channels(std::min<int64_t>(kPanel, n - first)), top(block->top),
         rows(block[count - 1].top + block[count - 1].rows - top) {}
+  Results results(const Result& y) const { return {row(y, 0), y.n * size_of(y.type), channels * size_of(y.type)}; }
   // Where the results of its row r are.
-  void* row(const Result& y, int64_t r) const { return y.data + ((top + r) * y.n + first) * size_of(y.type); }
+  char* row(const Result& y, int64_t r) const { return y.data + ((top + r) * y.n + first) * size_of(y.type); }
 };
 
 // A bias in float32, or null.
@@ -284,7 +311,8 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
     const Panel own(panel, n, count, block);
     std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
-    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data()});
+    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data(),
+                               own.results(result)});
     for (int64_t r = 0; r < own.rows; ++r) {
       kernels.write(result.type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, integers.scales[own.top + r], of_channel + own.first,
                     offset ? offset.get() + own.first : nullptr, own.row(result, r));
@@ -329,6 +357,7 @@ struct Weight4 {
       t.scale = static_cast<const char*>(t.scale) + panel * groups * kPanel * size_of(t.scale_type);
       if (t.zero_point) t.zero_point += panel * groups * kPanel;
       t.y = sums.data();
+      t.results = own.results(result);
       product(count, block, t);
       for (int64_t r = 0; r < own.rows; ++r) {
         kernels.write(result.type, sums.data() + r * kPanel, own.channels, row_scales ? row_scales[own.top + r] : 1.0f, nullptr,
@@ -365,7 +394,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
     const auto row = room<float>(k);
     for (int64_t i = begin; i < end; ++i) {
       const char* from = values + i * k * size_of(type);
-      kernels.read(type, from, k, row.get());
+      if (!pairs) kernels.read(type, from, k, row.get());
       const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
       for (int64_t group = 0; group < groups; ++group) {
         const float* own = row.get() + group * group_size;
@@ -374,8 +403,9 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
         if (fixed) {
           kernels.fix(own, group_size, pieces, to, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
         } else {
-          sums[place] = kernels.sum(own, group_size);
-          std::memcpy(to, numbers + group * of_group * 4, of_group * 4);
+          const char* own_numbers = numbers + group * of_group * 4;
+          sums[place] = pairs ? kernels.sum_bfloat16(own_numbers, group_size) : kernels.sum(own, group_size);
+          std::memcpy(to, own_numbers, of_group * 4);
         }
       }
     }

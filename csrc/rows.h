@@ -73,16 +73,21 @@ inline float absolute_maximum_of(const float* x, int64_t count) {
   return as_float(static_cast<uint32_t>(largest));
 }
 
-// In sixteen parts, each in order, which are added up in pairs.
+// Sixteen numbers, in pairs.
+inline float added_up(float* parts) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) parts[j] += parts[j + half];
+  }
+  return parts[0];
+}
+
+// In sixteen parts, each in order.
 inline float sum_of(const float* x, int64_t count) {
   float parts[16] = {};
   for (int64_t i = 0; i < count; i += 16) {
     for (int j = 0; j < 16; ++j) parts[j] += x[i + j];
   }
-  for (int half = 8; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) parts[j] += parts[j + half];
-  }
-  return parts[0];
+  return added_up(parts);
 }
 
 // x / scale, rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes any number.

@@ -63,6 +63,13 @@ SQPLUS_INLINE void fetching(const W4Tile& t, int64_t g, int64_t walk, int64_t wa
   fetching<V, V::soon>(reinterpret_cast<const char*>(t.weight) + g * bytes + V::ahead, bytes, walk, walks, f);
 }
 
+// Fetches where a block's results will be written, from row `first` on, while its last products are made.
+SQPLUS_INLINE void fetch_results(const Results& results, int64_t first, int rows) {
+  for (int64_t row = first; row < first + rows; ++row) {
+    for (int64_t line = 0; line < results.bytes; line += 64) __builtin_prefetch(results.at + row * results.stride + line, 1);
+  }
+}
+
 // The processor's own: it is faster where there is little to do between reads.
 template <class V>
 using NoFetch = Fetch<V, false, 0>;
@@ -121,6 +128,7 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
       int32_t* y = t.y + (top - block->top) * kPanel;
+      if (start + steps == t.steps) fetch_results(t.results, top - block->top, block[b].rows);
       with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
         constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
         for (int pass = 0; pass < passes; ++pass) {
@@ -150,19 +158,20 @@ SQPLUS_INLINE typename V::Float scale_at(const W4Tile& t, int64_t i) {
   }
 }
 
-template <class V>
+template <class V, int none>
 SQPLUS_INLINE typename V::Float zero_at(const W4Tile& t, int64_t i) {
-  const auto eight = V::broadcast(8.0f);
-  return t.zero_point ? V::add(V::to_float(V::load_int8(t.zero_point + i)), eight) : eight;
+  const auto zero = V::broadcast(none);
+  return t.zero_point ? V::add(V::to_float(V::load_int8(t.zero_point + i)), zero) : zero;
 }
 
-// What all blocks of rows need of a group, in float32; zero points are those of nibbles as they are.
+// What all blocks of rows need of a group, in float32; zero points are those of the decoded weights.
 struct Group {
   alignas(64) float scale[kPanel];
   alignas(64) float zero[kPanel];
 };
 
-template <class V>
+// `none` is what a weight is decoded to that is 0 where the zero point is: nibbles as they are, if nothing else is said.
+template <class V, int none = 8>
 SQPLUS_INLINE void take_scales(const W4Tile& t, int64_t g, Group* group) {
   constexpr int64_t soon = 4;
   const int64_t next = (g + soon) * kPanel, bytes = t.scale_type == Type::kFloat ? 4 : 2;
@@ -170,7 +179,7 @@ SQPLUS_INLINE void take_scales(const W4Tile& t, int64_t g, Group* group) {
   if (t.zero_point) V::template prefetch<true>(t.zero_point + next);
   for (int channel = 0; channel < kPanel; channel += V::width) {
     V::store(group->scale + channel, scale_at<V>(t, g * kPanel + channel));
-    V::store(group->zero + channel, zero_at<V>(t, g * kPanel + channel));
+    V::store(group->zero + channel, zero_at<V, none>(t, g * kPanel + channel));
   }
 }
 
@@ -320,6 +329,7 @@ void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
     take_scales<V>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
+      if (g == t.groups - 1) fetch_results(t.results, top - block->top, block[b].rows);
       with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
         constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
         for (int pass = 0; pass < passes; ++pass) {

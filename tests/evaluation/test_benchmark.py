@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits and caches are of no interest here."""
     monkeypatch.setattr(machine, "READ_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "SIDE", {"cpu": 32})
-    monkeypatch.setattr(timing, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "COPIES", 2)
     monkeypatch.setattr(benchmark_linear, "ROUNDS", 3)
 
 
@@ -135,6 +135,15 @@ def test_copies_of_a_weight_take_turns(quick: None, monkeypatch: pytest.MonkeyPa
     assert {row.microseconds for row in found.rows} == {1.0}
 
 
+def test_calls_in_turn() -> None:
+    """On a CPU: each once before, and the mean of one round; as many copies as no cache holds together."""
+    order: list[str] = []
+    cpu = torch.device("cpu")
+    sample = timing.sampler([lambda: order.append("a"), lambda: order.append("b")], cpu)
+    assert order == ["a", "b"] and 0 < sample() < 1 and order == ["a", "b"] * 2
+    assert timing.copies_for(1, cpu) == timing.COPIES and timing.copies_for(1 << 40, cpu) == 1
+
+
 def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of a graph, in turn, and the time of one of them; one that waits for the device is found before. CUDA is a stand-in."""
     order: list[str] = []
@@ -156,8 +165,7 @@ def test_a_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = timing.sampler([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], gpu)
     assert order == list("abca" + "abc" * 7)  # once before, and 20 calls at least
     assert sample() == 42.0 / 21 and len(replays) == 2
-    assert [timing.copies_for(nbytes, gpu) for nbytes in (10**6, 1000, 1)] == [2, 4, timing.COPIES]
-    assert timing.copies_for(1, torch.device("cpu")) == 1
+    assert [timing.copies_for(nbytes, gpu) for nbytes in (10**6, 1000, 1)] == [1, 3, timing.COPIES]
 
     def waits() -> None:
         order.append(modes[-1])

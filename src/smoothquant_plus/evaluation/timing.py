@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
-# Read before each call on a CPU, so that weights come from memory as they do in a model, whose other layers were multiplied with meanwhile.
-STREAM_BYTES = 96 << 20
-# On a GPU calls take turns on copies of their weight: so many times what its cache holds.
+# Calls take turns on copies of their weight, so many times what the caches hold together: weights come from memory as they do in a model, whose
+# other layers were multiplied with meanwhile, and the code that multiplies them is as near as a model has it.
 CACHES, COPIES = 3, 32
+CPU_CACHE = 32 << 20  # where the system does not say
 # Calls in a CUDA graph at least, so that starting it does not count.
 GRAPH_CALLS = 20
 
@@ -58,31 +58,31 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 def copies_for(nbytes: int, device: torch.device) -> int:
     """How many copies of what a call reads, `nbytes`, have to take turns for `sampler`, so that no cache holds the next one; COPIES at most."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(COPIES, -(-CACHES * cache // nbytes) + 1)
+    return min(COPIES, -(-CACHES * _cache_bytes(device) // nbytes))
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """What the largest cache holds."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = (path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return max((int(size.removesuffix("K")) << 10 for size in sizes), default=CPU_CACHE)
 
 
 def sampler(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
     """A function that measures once: the seconds of a call on what is in no cache. `calls` do the same on a copy each (`copies_for`)."""
-    return replayed(calls, device) if device.type == "cuda" else streamed(calls, device)
+    return replayed(calls, device) if device.type == "cuda" else in_turn(calls, device)
 
 
-def streamed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
-    """The first of `calls`, after a stream over other memory."""
-    stream = _stream(STREAM_BYTES)
+def in_turn(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """One of `calls` after the other: the mean. Each is called before, which sets things up."""
 
-    def sample() -> float:
-        stream.sum()
-        return seconds_of(calls[0], device)
+    def all_of_them() -> None:
+        for call in calls:
+            call()
 
-    return sample
-
-
-@functools.lru_cache(maxsize=1)
-def _stream(nbytes: int) -> torch.Tensor:
-    return torch.ones(nbytes // 8, dtype=torch.int64)
+    all_of_them()
+    return lambda: seconds_of(all_of_them, device) / len(calls)
 
 
 def replayed(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
