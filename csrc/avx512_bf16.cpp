@@ -1,5 +1,5 @@
 // AVX-512 with BF16, dot products of pairs of bfloat16 numbers in float32: Cooper Lake, Sapphire Rapids, Zen 4 and later. W4A16 for bfloat16
-// activations, which a 4-bit weight, looked up as a bfloat16 number, multiplies exactly.
+// activations, which a 4-bit weight, as a bfloat16 number, multiplies exactly; and weights that were left in bfloat16.
 #if defined(__x86_64__)
 #define SQPLUS_BFLOAT16
 #include "avx512.h"
@@ -95,7 +95,15 @@ SQPLUS_NOINLINE void group_of(const W4Tile& t, int64_t g, int64_t top, DecodedGr
   add_group<V, R, kVectors>(group, static_cast<const float*>(t.sums) + g * t.rows + top, 0, sum, y);
 }
 
+// W8's loops, for pairs of bfloat16 numbers in place of four integers: sums are float32 in the registers of integers.
+struct Bfloat16 : Avx512 {
+  static SQPLUS_INLINE Int dot4(Int sum, Int w, Int x) { return _mm512_castps_si512(dot2(_mm512_castsi512_ps(sum), w, x)); }
+  static SQPLUS_INLINE Float to_float(Int a) { return _mm512_castsi512_ps(a); }
+};
+
 }  // namespace
+
+void bfloat16_avx512(int64_t blocks, const Block* block, const W8Tile& t) { w8<Bfloat16>(blocks, block, t); }
 
 // Products with ones, in sixteen parts that are added up in pairs.
 float sum_bfloat16_avx512(const void* x, int64_t count) {

@@ -55,6 +55,7 @@ inline Longs srli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) >>
 inline Longs srli_epi16(Longs a, int bits) { return as<Longs>(as<Shorts>(a) >> bits); }
 inline Longs slli_epi32(Longs a, int bits) { return as<Longs>(as<Unsigned>(a) << bits); }
 inline Floats castsi512_ps(Longs a) { return as<Floats>(a); }
+inline Longs castps_si512(Floats a) { return as<Longs>(a); }
 inline Floats cvtepi32_ps(Longs a) {
   const Ints from = as<Ints>(a);
   return each<Floats>([&](int i) { return static_cast<float>(from[i]); });
@@ -120,6 +121,7 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
 #define _mm512_add_epi32 sqplus::emulated::add_epi32
 #define _mm512_add_ps sqplus::emulated::add_ps
 #define _mm512_and_si512 sqplus::emulated::and_si512
+#define _mm512_castps_si512 sqplus::emulated::castps_si512
 #define _mm512_castsi512_ps sqplus::emulated::castsi512_ps
 #define _mm512_cvtepi32_ps sqplus::emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi32 sqplus::emulated::cvtepi8_epi32

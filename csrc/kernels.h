@@ -1,9 +1,10 @@
 // What an instruction set offers: products of a few rows of activations with a panel of 64 output channels, and passes over rows.
 //
-// Packed weights are the same for all of them, so that a machine's level can be lowered at run time:
+// Packed integers are the same for all of them, so that a machine's level can be lowered at run time:
 //   W8  [panel][K / 4][64 channels][4]  uint8, 128 added; the input channels of four at a time next to each other
 //   W4  [panel][K / 8][64 channels]     uint32, eight unsigned nibbles each; input channel e of the eight lies at bit nibble_shift(e)
-// K is padded with zeros to a multiple of 4 or 8, N to a multiple of 64.
+//   bfloat16, for the levels that multiply it: [panel][K / 2][64 channels][2]
+// K is padded with zeros to a multiple of 4, 8 or 2, N to a multiple of 64.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ enum class Type { kFloat, kBFloat16, kHalf };
 // Bytes of a panel's weights at a step: four input channels in W8, eight in W4.
 constexpr int64_t kStep = kPanel * 4;
 
-// W8 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
+// W8 and bfloat16 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
 constexpr int64_t kChunk = 256;  // steps: 64 KB
 
 // Some rows that are multiplied together, of which the first is row `top`.
@@ -44,12 +45,12 @@ struct Results {
 };
 
 struct W8Tile {
-  const int32_t* x;       // (chunks, rows, steps of the chunk): four int8 activations each
+  const int32_t* x;       // (chunks, rows, steps of the chunk): four int8 activations each, or two of bfloat16
   int64_t rows;           // of all blocks
-  int64_t steps;          // K / 4
+  int64_t steps;          // K / 4, or K / 2
   int64_t chunk;          // steps, at most
   const uint8_t* weight;  // one panel
-  const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much
+  const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much; 0 for bfloat16
   const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
   const int32_t* rests;   // (rows): how many
   int32_t* y;             // (rows of these blocks, 64): the integer sums; in the end float32
@@ -90,6 +91,7 @@ struct Kernels {
   int at_once;  // and where it is the only one: with sums for all of a panel's channels in registers, so that each weight is read once
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
+  void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);  // null where there is no such product
   void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32, or in fixed point where there is fix
   void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
   void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);         // x int8
@@ -119,6 +121,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 // What kAvx512Bf16 has beyond kAvx512.
+void bfloat16_avx512(int64_t blocks, const Block*, const W8Tile&);
 void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);
 float sum_bfloat16_avx512(const void* x, int64_t count);
 int64_t peak_bfloat16_avx512(int64_t iterations);

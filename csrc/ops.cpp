@@ -45,6 +45,7 @@ std::vector<Kernels> levels_here() {
   if (bfloat16) {
     Kernels kernels = kAvx512;
     kernels.name = "avx512_bf16";
+    kernels.bfloat16 = bfloat16_avx512;
     kernels.w4_bfloat16 = w4_bfloat16_avx512;
     kernels.sum_bfloat16 = sum_bfloat16_avx512;
     kernels.peak_bfloat16 = peak_bfloat16_avx512;
@@ -180,6 +181,26 @@ Tensor cpu_pack_w4(const Tensor& given) {
   return packed;
 }
 
+// bfloat16 (N, K) -> a flat int32 of panels, two numbers in each.
+Tensor cpu_pack_bfloat16(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::BFloat16, "a bfloat16 matrix is needed");
+  const Tensor weight = torch::stable::contiguous(given);
+  const int64_t n = weight.size(0), k = weight.size(1), steps = round_up(k, 2) / 2;
+  Tensor packed = zeros_for_weight(weight, round_up(n, kPanel) * steps, ScalarType::Int);
+  const char* from = static_cast<const char*>(weight.data_ptr());
+  char* to = static_cast<char*>(packed.data_ptr());
+  parallel_for(0, round_up(n, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, n - first);
+        char* place = to + (panel * steps + step) * kStep;
+        for (int64_t row = 0; row < count; ++row) std::memcpy(place + row * 4, from + ((first + row) * k + step * 2) * 2, std::min<int64_t>(2, k - step * 2) * 2);
+      }
+    }
+  });
+  return packed;
+}
+
 // What the scale of an activation is whose row, or all of which, has this largest absolute value. NaN where that is NaN, so that the results are too.
 float scale_of(float largest, const float* given) {
   if (largest != largest) return largest;
@@ -259,6 +280,13 @@ struct Panel {
   Results results(const Result& y) const { return {row(y, 0), y.n * size_of(y.type), channels * size_of(y.type)}; }
   // Where the results of its row r are.
   char* row(const Result& y, int64_t r) const { return y.data + ((top + r) * y.n + first) * size_of(y.type); }
+  // The sums (rows, 64), times a scale of each row and one of each output channel, plus its bias; all three for all rows and channels, or null.
+  void write(const Kernels& kernels, const float* sums, const float* row_scales, const float* scale, const float* bias, const Result& y) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels.write(y.type, sums + r * kPanel, channels, row_scales ? row_scales[top + r] : 1.0f, scale ? scale + first : nullptr, bias ? bias + first : nullptr,
+                    row(y, r));
+    }
+  }
 };
 
 // A bias in float32, or null.
@@ -313,10 +341,47 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
     std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
     kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data(),
                                own.results(result)});
-    for (int64_t r = 0; r < own.rows; ++r) {
-      kernels.write(result.type, reinterpret_cast<const float*>(sums.data()) + r * kPanel, own.channels, integers.scales[own.top + r], of_channel + own.first,
-                    offset ? offset.get() + own.first : nullptr, own.row(result, r));
+    own.write(kernels, reinterpret_cast<const float*>(sums.data()), integers.scales.data(), of_channel, offset.get(), result);
+  });
+  return y;
+}
+
+// x (..., K) bfloat16 -> (..., N) bfloat16: y = x @ weight.T + bias, with sums in float32. `bias` (N,) in float.
+Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
+  STD_TORCH_CHECK(given.dim() > 0 && given.scalar_type() == ScalarType::BFloat16, "bfloat16 activations are needed");
+  const Tensor x = torch::stable::contiguous(given);
+  const Kernels& kernels = *chosen;
+  STD_TORCH_CHECK(kernels.bfloat16, "this processor has no bfloat16 products, or they are not chosen");
+  const int64_t k = x.sizes().back(), m = rows_of(x), steps = round_up(k, 2) / 2;
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps,
+                  "the packed weight does not fit x");
+  const auto offset = floats_of(kernels, bias, n);
+  Tensor y = result_for(x, n);
+  const Result result(y, n);
+  if (m == 0 || n == 0) return y;
+
+  const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
+  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk;
+  const auto pairs = room<int32_t>(m * steps);
+  const char* values = static_cast<const char*>(x.data_ptr());
+  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t start = 0; start < steps; start += chunk) {
+        const int64_t count = std::min(chunk, steps - start);
+        int32_t* to = pairs.get() + start * m + i * count;
+        to[count - 1] = 0;  // where K is odd
+        std::memcpy(to, values + (i * k + start * 2) * 2, std::min(count * 2, k - start * 2) * 2);
+      }
     }
+  });
+  const std::vector<int32_t> first(m);
+  const char* weight = static_cast<const char*>(packed.data_ptr());
+  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
+    const Panel own(panel, n, count, block);
+    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
+    kernels.bfloat16(count, block, {pairs.get(), m, steps, chunk, reinterpret_cast<const uint8_t*>(weight + panel * steps * kStep), first.data(), nullptr, nullptr,
+                                    sums.data(), own.results(result)});
+    own.write(kernels, reinterpret_cast<const float*>(sums.data()), nullptr, nullptr, offset.get(), result);
   });
   return y;
 }
@@ -359,10 +424,7 @@ struct Weight4 {
       t.y = sums.data();
       t.results = own.results(result);
       product(count, block, t);
-      for (int64_t r = 0; r < own.rows; ++r) {
-        kernels.write(result.type, sums.data() + r * kPanel, own.channels, row_scales ? row_scales[own.top + r] : 1.0f, nullptr,
-                      bias ? bias + own.first : nullptr, own.row(result, r));
-      }
+      own.write(kernels, sums.data(), row_scales, nullptr, bias, result);
     });
   }
 };
@@ -476,6 +538,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
   m.def("cpu_peak(str what, int iterations) -> int");
   m.def("cpu_pack_w8(Tensor weight) -> Tensor");
   m.def("cpu_pack_w4(Tensor weight) -> Tensor");
+  m.def("cpu_pack_bfloat16(Tensor weight) -> Tensor");
+  m.def("cpu_bfloat16(Tensor x, Tensor packed, Tensor? bias, int channels) -> Tensor");
   m.def("cpu_w8a8(Tensor x, Tensor weight, Tensor weight_scale, bool per_token, Tensor? input_scale, Tensor? bias) -> Tensor");
   m.def("cpu_w4a16(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
   m.def("cpu_w4a8(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int channels) -> Tensor");
@@ -490,6 +554,8 @@ STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CPU, m) {
   m.impl("cpu_read", TORCH_BOX(&sqplus::cpu_read));
   m.impl("cpu_pack_w8", TORCH_BOX(&sqplus::cpu_pack_w8));
   m.impl("cpu_pack_w4", TORCH_BOX(&sqplus::cpu_pack_w4));
+  m.impl("cpu_pack_bfloat16", TORCH_BOX(&sqplus::cpu_pack_bfloat16));
+  m.impl("cpu_bfloat16", TORCH_BOX(&sqplus::cpu_bfloat16));
   m.impl("cpu_w8a8", TORCH_BOX(&sqplus::cpu_w8a8));
   m.impl("cpu_w4a16", TORCH_BOX(&sqplus::cpu_w4a16));
   m.impl("cpu_w4a8", TORCH_BOX(&sqplus::cpu_w4a8));

@@ -335,6 +335,65 @@ def test_ops_refuse_what_does_not_fit() -> None:
         OPS.cpu_pack_w4(torch.zeros(4, 4))
 
 
+@pytest.mark.skipif(cpu.LEVELS[HIGHEST] != "avx512_bf16", reason="this processor has no bfloat16 products")
+class TestBfloat16:
+    """Weights that stay in bfloat16."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_products(self, shape: tuple[int, int, int]) -> None:
+        m, n, k = shape
+        for bias in (None, torch.randn(n), torch.randn(n).half()):
+            x, weight = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+            y = cpu.linear_bfloat16(x, cpu.prepare_bfloat16(weight), bias, n)
+            right = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+            rounding = 2.0**-8 * right.abs() + 2.0**-22 * (x.double().abs() @ weight.double().abs().t())
+            assert y.dtype == torch.bfloat16 and y.shape == (m, n) and ((y.double() - right).abs() <= rounding).all()
+
+    def test_each_weight_is_read_as_it_is(self) -> None:
+        weight = torch.cat([torch.randn(70, 95) * 2.0**exponent for exponent in (-100, 0, 100)], dim=1).bfloat16()
+        packed = cpu.prepare_bfloat16(weight)
+        for rows in (1, 4, 100):
+            read = torch.cat([cpu.linear_bfloat16(x, packed, None, 70) for x in torch.eye(285).bfloat16().split(rows)])
+            assert torch.equal(read, weight.t())
+
+    def test_rows_threads_strides_and_numbers_that_are_none(self) -> None:
+        before = torch.get_num_threads()
+        packed = cpu.prepare_bfloat16(torch.randn(200, 1100).bfloat16())
+        x = torch.randn(97, 2200).bfloat16()[:, ::2]
+        y = cpu.linear_bfloat16(x, packed, None, 200)
+        assert torch.equal(torch.cat([cpu.linear_bfloat16(row, packed, None, 200)[None] for row in x]), y)
+        try:
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                assert torch.equal(cpu.linear_bfloat16(x.reshape(1, 97, 1100), packed, None, 200)[0], y)
+        finally:
+            torch.set_num_threads(before)
+        x = x.clone()
+        x[3, 5] = float("nan")
+        bad = cpu.linear_bfloat16(x, packed, None, 200)
+        assert bad[3].isnan().all() and torch.equal(bad[4:], y[4:]) and torch.equal(bad[:3], y[:3])
+
+    def test_op(self) -> None:
+        packed = cpu.prepare_bfloat16(torch.randn(20, 129).bfloat16())
+        torch.library.opcheck(OPS.cpu_bfloat16.default, (torch.randn(2, 3, 129).bfloat16(), packed, torch.randn(20), 20))
+        for x, channels in ((torch.randn(3, 129), 20), (torch.randn(3, 120).bfloat16(), 20), (torch.randn(3, 129).bfloat16(), 100)):
+            with pytest.raises(RuntimeError):
+                OPS.cpu_bfloat16(x, packed, None, channels)
+        with pytest.raises(RuntimeError, match="bfloat16 matrix"):
+            OPS.cpu_pack_bfloat16(torch.zeros(4, 4))
+
+
+def test_bfloat16_products_of_lower_levels(level: str) -> None:
+    """There are none, and `multiplies_bfloat16` says so."""
+    packed = OPS.cpu_pack_bfloat16(torch.randn(4, 8).bfloat16())
+    if level == "avx512_bf16":
+        assert cpu.multiplies_bfloat16() != torch.cpu._is_amx_tile_supported()
+    else:
+        assert not cpu.multiplies_bfloat16()
+        with pytest.raises(RuntimeError, match="no bfloat16 products"):
+            OPS.cpu_bfloat16(torch.randn(3, 8).bfloat16(), packed, None, 4)
+
+
 def test_measures_of_the_machine(level: str) -> None:
     assert isinstance(OPS.cpu_read(torch.zeros(3 << 20, dtype=torch.uint8)), int)
     assert OPS.cpu_peak("int8", 10) > 0 and OPS.cpu_peak("float32", 10) > 0

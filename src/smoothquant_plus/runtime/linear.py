@@ -1,4 +1,4 @@
-"""A linear layer whose weight is integers."""
+"""A linear layer whose weight is integers, and one whose weight stayed in bfloat16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.runtime.kernels import select
+from smoothquant_plus.runtime.kernels import cpu, select
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,25 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}, backend={self.backend}"
+
+
+class Bfloat16Linear(nn.Module):
+    """What `linear` is, with its weight in bfloat16 repacked for the CPU kernels (where `cpu.multiplies_bfloat16`); of the original nothing is kept.
+
+    x bfloat16 (..., in_features); y (..., out_features). Inference only.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("packed", cpu.prepare_bfloat16(linear.weight.detach()), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu.linear_bfloat16(x, self.packed, self.bias, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

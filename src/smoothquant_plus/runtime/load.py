@@ -28,9 +28,9 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
-from smoothquant_plus.runtime.attention import speed_up
 from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
+from smoothquant_plus.runtime.unquantized import speed_up
 
 
 def load(

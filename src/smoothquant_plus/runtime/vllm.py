@@ -32,6 +32,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import compressed_tensors_moe_w8a8_int8 as vllm_int8
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import compressed_tensors_moe_wna16 as vllm_int4
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
@@ -84,7 +85,7 @@ def register() -> None:
             preferred: list[Any] = kernels[platform]
             if kernel not in preferred:
                 preferred.insert(0, kernel)  # register_linear_kernel would put it last, where it is never chosen
-    register_quantization_config("compressed-tensors")(WithExperts)
+    register_quantization_config("compressed-tensors")(OnOurKernels)
     register_quantization_config(SQPLUS)(OnLoad)
     mla_attention.get_and_maybe_dequant_weights = float_weight
     for load_format in LOAD_FORMATS:
@@ -211,8 +212,9 @@ def release(layer: nn.Module, names: Any) -> None:
             setattr(layer, name, nn.Parameter(old.new_empty(0), requires_grad=False))
 
 
-class WithExperts(CompressedTensorsConfig):
-    """vLLM's reading of compressed-tensors checkpoints, with experts on our kernels: its own need a CPU with AMX, or a GPU."""
+class OnOurKernels(CompressedTensorsConfig):
+    """vLLM's reading of compressed-tensors checkpoints, with experts on our kernels, whose own need a CPU with AMX, or a GPU; and a head that is
+    not quantized."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts) and current_platform.is_cpu():
@@ -224,7 +226,21 @@ class WithExperts(CompressedTensorsConfig):
                 if reason is None:
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
                 log.info("the experts %s are left to vLLM: %s", prefix, reason)
-        return super().get_quant_method(layer, prefix)
+        method = super().get_quant_method(layer, prefix)
+        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and cpu.multiplies_bfloat16():
+            return Head()
+        return method
+
+
+class Head(UnquantizedEmbeddingMethod):
+    """A head in bfloat16, which a token reads all of, on our product: it reads memory faster than the one that vLLM takes."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if layer.weight.dtype != torch.bfloat16:
+            super().process_weights_after_loading(layer)
+            return
+        packed, channels = cpu.prepare_bfloat16(layer.weight.data), len(layer.weight)
+        layer.cpu_linear = lambda x, weight, bias: cpu.linear_bfloat16(x, packed, bias, channels)
 
 
 ACTIVATIONS: dict[Any, Any] = {MoEActivation.SILU: F.silu, MoEActivation.GELU: F.gelu}
@@ -369,7 +385,7 @@ class Int4Experts(Experts, vllm_int4.CompressedTensorsWNA16MoEMethod):
         return (unpack(*tensors, self.scheme.weights) for tensors in zip(packed, scales, zero_points, strict=True))
 
 
-class OnLoad(WithExperts):
+class OnLoad(OnOurKernels):
     """`--quantization sqplus`: what config.json of the quantized checkpoint would say. It is known when the model's directory is."""
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:

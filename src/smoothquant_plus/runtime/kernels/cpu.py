@@ -1,4 +1,5 @@
-"""Our own CPU kernels (csrc/): W8A8 with the activations quantized inside the op, W4A16 with weights alone in integers, and W4A8.
+"""Our own CPU kernels (csrc/): W8A8 with the activations quantized inside the op, W4A16 with weights alone in integers, and W4A8; and products
+with a weight that stays in bfloat16, as a model's head does.
 
 One packed layout serves every instruction set; which one runs is found out when the library is loaded, and the environment variable SQPLUS_CPU
 lowers it. A result depends neither on the number of threads nor on the other rows of x. SQPLUS_LIBRARY names another build of the library, for
@@ -47,6 +48,7 @@ def missing() -> str | None:
         note(f"the CPU kernels of smoothquant-plus are not used, slower ones of PyTorch are: {reason}.")
         return reason
     torch.library.register_fake("smoothquant_plus::cpu_w8a8")(_fake_w8a8)
+    torch.library.register_fake("smoothquant_plus::cpu_bfloat16")(_fake_bfloat16)
     torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4)
     torch.library.register_fake("smoothquant_plus::cpu_w4a8")(_fake_w4)
     if wanted is not None and torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted)) != LEVELS.index(wanted):
@@ -107,6 +109,23 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
     return y
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether `linear_bfloat16` runs here, and nothing of PyTorch's is faster: its products use AMX where there is any."""
+    return missing() is None and level() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+
+
+def prepare_bfloat16(weight: Tensor) -> Tensor:
+    """A bfloat16 weight (N, K), repacked."""
+    packed: Tensor = torch.ops.smoothquant_plus.cpu_pack_bfloat16(weight)
+    return packed
+
+
+def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    """x bfloat16 (..., K) times a weight of so many output `channels`, with sums in float32: bfloat16 (..., N)."""
+    y: Tensor = torch.ops.smoothquant_plus.cpu_bfloat16(x, packed, bias, channels)
+    return y
+
+
 def _fake_w8a8(
     x: Tensor,
     weight: Tensor,
@@ -116,6 +135,10 @@ def _fake_w8a8(
     bias: Tensor | None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
+
+
+def _fake_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None, channels: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], channels)
 
 
 def _fake_w4(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, channels: int) -> Tensor:

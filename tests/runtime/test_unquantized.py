@@ -1,4 +1,4 @@
-"""Attention of single tokens on a CPU, against PyTorch's in float64."""
+"""Attention of single tokens on a CPU, against PyTorch's in float64, and the head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 import families
 from smoothquant_plus.pipeline import quantize
-from smoothquant_plus.runtime import attention as module
+from smoothquant_plus.runtime import unquantized as module
+from smoothquant_plus.runtime.kernels import cpu
+from smoothquant_plus.runtime.linear import Bfloat16Linear
 from smoothquant_plus.runtime.load import load
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -92,8 +94,27 @@ def test_a_model_says_the_same(name: str, tiny: Callable[..., Path], tmp_path: P
     assert load(directory, dtype=torch.bfloat16).config._attn_implementation == "sdpa"
 
 
+def test_the_head_of_a_bfloat16_model(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On our product where there is one, with nothing kept of its weight; not one that is the embedding too, or in another dtype."""
+    quantize(tiny("llama"), tmp_path / "out", smooth="none")
+    quantize(tiny("llama-mha-tied-biases"), tmp_path / "tied", smooth="none")
+    ids = torch.arange(12).reshape(2, 6)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    with torch.no_grad():
+        right = load(tmp_path / "out", dtype=torch.bfloat16)(ids).logits
+    monkeypatch.undo()
+    model: Any = load(tmp_path / "out", dtype=torch.bfloat16)
+    others = load(tmp_path / "out", dtype=torch.float32), load(tmp_path / "tied", dtype=torch.bfloat16)
+    assert all(isinstance(other.get_output_embeddings(), torch.nn.Linear) for other in others)
+    assert isinstance(model.get_output_embeddings(), Bfloat16Linear) == cpu.multiplies_bfloat16()
+    with torch.no_grad():
+        assert families.relative(model(ids).logits.float(), right.float()) < 2.0**-8
+    if cpu.multiplies_bfloat16():
+        assert not list(model.get_output_embeddings().parameters())
+
+
 def test_models_with_another_attention_keep_it() -> None:
-    head = torch.nn.Embedding(3, 3)  # not a linear: it has no copy to be spared
+    head = torch.nn.Embedding(3, 3)  # not a linear
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"), get_output_embeddings=lambda: head)
     module.speed_up(model)
     assert not head._forward_pre_hooks
