@@ -259,7 +259,7 @@ def test_a_bfloat16_head_runs_on_our_product(family: str, out: Out, theirs: Thei
     original = cpu.linear_bfloat16
     monkeypatch.setattr(cpu, "linear_bfloat16", lambda *arguments: channels.append(arguments[-1]) or original(*arguments))
     found = theirs(out(family, "token"), dtype="bfloat16")
-    assert set(channels) == {families.VOCABULARY}
+    assert set(channels) == {-(-families.VOCABULARY // 64) * 64}  # as vLLM fills it up
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
     expected = theirs(out(family, "token"), dtype="bfloat16")
     difference = (found[0] - expected[0]).abs()
