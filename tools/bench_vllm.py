@@ -98,6 +98,9 @@ def main() -> None:
         out = options.work / f"{name}-{scheme}"
         quantize(model, out, scheme=scheme, smooth="none")
         engines |= {f"{scheme}, vLLM's kernels": (out, False), f"{scheme}, ours": (out, True)}
+    out = options.work / f"{name}-w4a16-head"
+    quantize(model, out, scheme="w4a16", smooth="none", lm_head="w8a8")
+    engines["w4a16, its head w8a8, ours"] = (out, True)
     processes: dict[str, subprocess.Popen[str]] = {}
     rates: dict[str, dict[str, list[float]]] = {}
     for engine, (directory, plugins) in engines.items():  # one after the other: each compiles, and runs everything once
