@@ -124,6 +124,7 @@ Tensor pages(const Tensor& like, int64_t bytes, ScalarType type) {
 // Zeros for a weight. Small ones are given parts of the same pages, which are freed with the last of them.
 Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
   const int64_t size = type == ScalarType::Int ? 4 : 1, bytes = count * size;
+  if (count == 0) return torch::stable::new_empty(like, {0}, type);
   Tensor made;
   if (bytes > kShared / 4) {
     made = pages(like, bytes, type);
