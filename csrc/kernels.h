@@ -20,7 +20,7 @@ constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
-// Bytes of a panel's weights at a step: four input channels in W8, eight in W4.
+// Bytes of a panel's weights at a step: four input channels in W8, eight in W4, two in bfloat16.
 constexpr int64_t kStep = kPanel * 4;
 
 // W8 and bfloat16 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
@@ -92,9 +92,9 @@ struct Kernels {
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
   void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);  // null where there is no such product
-  void (*w4)(int64_t blocks, const Block*, const W4Tile&);           // x float32, or in fixed point where there is fix
+  void (*w4)(int64_t blocks, const Block*, const W4Tile&);  // x float32, or in fixed point where there is fix
   void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
-  void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);         // x int8
+  void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);  // x int8
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one

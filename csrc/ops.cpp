@@ -299,6 +299,23 @@ std::unique_ptr<float[]> floats_of(const Kernels& kernels, const std::optional<T
   return floats;
 }
 
+// y (M, N) = the products of prepared activations with all panels, from the `tile` of the first one, times the scales, + bias: as Panel::write has them.
+void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Tile& tile, const std::vector<Block>& blocks, const float* row_scales, const float* scale,
+              const float* bias, const Tensor& y) {
+  const int64_t n = y.sizes().back();
+  const Result result(y, n);
+  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
+    const Panel own(panel, n, count, block);
+    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
+    W8Tile t = tile;
+    t.weight += panel * t.steps * kStep;
+    t.y = sums.data();
+    t.results = own.results(result);
+    product(count, block, t);
+    own.write(kernels, reinterpret_cast<const float*>(sums.data()), row_scales, scale, bias, result);
+  });
+}
+
 // x (..., K) in float -> (..., N): y = (int(x) @ weight.T) * input scale * weight_scale + bias. `weight_scale` float32 (N,), `input_scale` float32
 // (1,) when it is static, `bias` (N,) in float.
 Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_scale, bool per_token,
@@ -314,7 +331,6 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
                   "float32 scales are needed");
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
-  const Result result(y, n);
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
@@ -335,15 +351,8 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
     });
   }
 
-  const uint8_t* weight = static_cast<const uint8_t*>(packed.data_ptr());
-  const float* of_channel = static_cast<const float*>(weight_scale.data_ptr());
-  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-    const Panel own(panel, n, count, block);
-    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
-    kernels.w8(count, block, {integers.fours.get(), m, steps, chunk, weight + panel * steps * kPanel * 4, first.data(), rest.get(), rests.data(), sums.data(),
-                               own.results(result)});
-    own.write(kernels, reinterpret_cast<const float*>(sums.data()), integers.scales.data(), of_channel, offset.get(), result);
-  });
+  const W8Tile tile{integers.fours.get(), m, steps, chunk, static_cast<const uint8_t*>(packed.data_ptr()), first.data(), rest.get(), rests.data(), nullptr, {}};
+  multiply(kernels, kernels.w8, tile, blocks, integers.scales.data(), static_cast<const float*>(weight_scale.data_ptr()), offset.get(), y);
   return y;
 }
 
@@ -358,7 +367,6 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
                   "the packed weight does not fit x");
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
-  const Result result(y, n);
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
@@ -376,14 +384,8 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
     }
   });
   const std::vector<int32_t> first(m);
-  const char* weight = static_cast<const char*>(packed.data_ptr());
-  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-    const Panel own(panel, n, count, block);
-    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
-    kernels.bfloat16(count, block, {pairs.get(), m, steps, chunk, reinterpret_cast<const uint8_t*>(weight + panel * steps * kStep), first.data(), nullptr, nullptr,
-                                    sums.data(), own.results(result)});
-    own.write(kernels, reinterpret_cast<const float*>(sums.data()), nullptr, nullptr, offset.get(), result);
-  });
+  const W8Tile tile{pairs.get(), m, steps, chunk, static_cast<const uint8_t*>(packed.data_ptr()), first.data(), nullptr, nullptr, nullptr, {}};
+  multiply(kernels, kernels.bfloat16, tile, blocks, nullptr, nullptr, offset.get(), y);
   return y;
 }
 
