@@ -106,6 +106,9 @@ struct Kernels {
   int32_t (*cut)(int64_t start, int64_t steps, int32_t* x, Rest* rest);
   // A group of x, a multiple of 32 and at most 128 channels, in fixed point: two channels a number, `pieces` numbers for each two. Null where w4 takes float32.
   void (*fix)(const float* x, int64_t count, int pieces, int32_t* to, Rest* rest, Fixed*);
+  // x becomes exp(x - largest), with the largest of them; returns what they add up to. `count` is a multiple of 16. Of nothing but -infinity zeros, and 0.
+  float (*softmax)(float* x, int64_t count, float* largest);
+  void (*add)(const float* x, int64_t count, float scale, float* to);  // += x * scale
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);
 

@@ -4,9 +4,6 @@
 // Each number of a result is computed by one thread, in an order that depends neither on how many threads there are nor on the rows beside it.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,14 +16,10 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "tensors.h"
 
 namespace sqplus {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 // From the lowest to the highest level, as LEVELS in runtime/kernels/cpu.py. AMX would be another one, and its tiles another file.
 std::vector<Kernels> levels_here() {
@@ -58,52 +51,16 @@ std::vector<Kernels> levels_here() {
 const std::vector<Kernels> kLevels = levels_here();
 const Kernels* chosen = &kLevels.back();
 
+}  // namespace
+
+const Kernels& kernels_in_use() { return *chosen; }
+
+namespace {
+
 // The level in use, after choosing `level` or, where the machine has less, its highest (a negative one changes nothing).
 int64_t cpu_level(int64_t level) {
   if (level >= 0) chosen = &kLevels[std::min<int64_t>(level, kLevels.size() - 1)];
   return chosen - kLevels.data();
-}
-
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::kFloat;
-    case ScalarType::BFloat16: return Type::kBFloat16;
-    case ScalarType::Half: return Type::kHalf;
-    default: STD_TORCH_CHECK(false, "float32, bfloat16 or float16 is needed");
-  }
-  return Type::kFloat;
-}
-
-int64_t size_of(Type type) { return type == Type::kFloat ? 4 : 2; }
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Not initialized, unlike a vector.
-template <class T>
-std::unique_ptr<T[]> room(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
-
-// M rows in blocks of nearly equal size, each of at most `most` rows.
-std::vector<Block> blocks_of(int64_t rows, int64_t most) {
-  const int64_t count = (rows + most - 1) / most;
-  std::vector<Block> blocks;
-  for (int64_t i = 0, top = 0; i < count; top += blocks.back().rows, ++i) blocks.push_back({top, static_cast<int>((rows - top) / (count - i))});
-  return blocks;
-}
-
-int64_t most_rows(const Kernels& kernels, int64_t rows) { return rows <= kernels.at_once ? kernels.at_once : kernels.rows; }
-
-int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < x.sizes().size(); ++i) rows *= x.sizes()[i];
-  return rows;
-}
-
-Tensor result_for(const Tensor& x, int64_t channels) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = channels;
-  return torch::stable::new_empty(x, sizes);
 }
 
 constexpr int64_t kPage = 2 << 20, kShared = 32 << 20;
@@ -200,12 +157,6 @@ Tensor cpu_pack_bfloat16(const Tensor& given) {
     }
   });
   return packed;
-}
-
-// What the scale of an activation is whose row, or all of which, has this largest absolute value. NaN where that is NaN, so that the results are too.
-float scale_of(float largest, const float* given) {
-  if (largest != largest) return largest;
-  return given ? *given : largest == 0 ? 1.0f : largest / 127.0f;
 }
 
 // Rows of x as integers.
@@ -322,7 +273,7 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
                 const std::optional<Tensor>& input_scale, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
-  const Kernels& kernels = *chosen;
+  const Kernels& kernels = kernels_in_use();
   const int64_t k = x.sizes().back(), m = rows_of(x), n = weight_scale.numel(), steps = round_up(k, 4) / 4;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps * 4,
                   "the packed weight does not fit x and the scales");
@@ -360,7 +311,7 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
 Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
   STD_TORCH_CHECK(given.dim() > 0 && given.scalar_type() == ScalarType::BFloat16, "bfloat16 activations are needed");
   const Tensor x = torch::stable::contiguous(given);
-  const Kernels& kernels = *chosen;
+  const Kernels& kernels = kernels_in_use();
   STD_TORCH_CHECK(kernels.bfloat16, "this processor has no bfloat16 products, or they are not chosen");
   const int64_t k = x.sizes().back(), m = rows_of(x), steps = round_up(k, 2) / 2;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps,
@@ -438,7 +389,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
                  const std::optional<Tensor>& bias, int64_t n) {
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
-  const Kernels& kernels = *chosen;
+  const Kernels& kernels = kernels_in_use();
   Weight4 weight(kernels, x, packed, scale, zero_point, n);
   const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, group_size = k / groups;
   const Type type = type_of(x);
@@ -488,7 +439,7 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
                 const std::optional<Tensor>& bias, int64_t n) {
   STD_TORCH_CHECK(given.dim() > 0, "x has no input channels");
   const Tensor x = torch::stable::contiguous(given);
-  const Kernels& kernels = *chosen;
+  const Kernels& kernels = kernels_in_use();
   Weight4 weight(kernels, x, packed, scale, zero_point, n);
   const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, of_group = k / groups / 4;
   const auto offset = floats_of(kernels, bias, n);

@@ -114,6 +114,49 @@ inline int32_t quantize_row(const float* x, int64_t count, float largest, float 
   return largest < scale * 0x1p20f ? quantize_each<false>(x, count, scale, to) : quantize_each<true>(x, count, scale, to);
 }
 
+// exp(x) of what is not positive, to two units in the last place, and 0 of what is below -86. As 2^n * exp(rest), with a polynomial for the rest (Cephes, expf).
+inline float exponential(float x) {
+  constexpr float shift = 12582912.0f;
+  const float shifted = x * 1.44269504f + shift, n = shifted - shift;
+  const float rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float value = 1.9875691500e-4f;
+  value = value * rest + 1.3981999507e-3f;
+  value = value * rest + 8.3334519073e-3f;
+  value = value * rest + 4.1665795894e-2f;
+  value = value * rest + 1.6666665459e-1f;
+  value = value * rest + 5.0000001201e-1f;
+  value = value * rest * rest + rest + 1.0f;
+  const float power = as_float((as_bits(shifted) - 0x4b400000 + 127) << 23);
+  return x < -86.0f ? 0.0f : value * power;  // NaN stays
+}
+
+// In sixteen parts, each in order.
+inline float softmax_row(float* x, int64_t count, float* largest) {
+  constexpr float none = -__builtin_inff();
+  float most[16], sums[16] = {};
+  for (int j = 0; j < 16; ++j) most[j] = none;
+  for (int64_t i = 0; i < count; i += 16) {
+    for (int j = 0; j < 16; ++j) most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) most[j] = most[j + half] > most[j] ? most[j + half] : most[j];
+  }
+  *largest = most[0];
+  const float from = most[0] == none ? 0.0f : most[0];  // NaN among nothing but -infinity stays NaN
+  for (int64_t i = 0; i < count; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      const float value = exponential(x[i + j] - from);
+      x[i + j] = value;
+      sums[j] += value;
+    }
+  }
+  return added_up(sums);
+}
+
+inline void add_row(const float* x, int64_t count, float scale, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += x[i] * scale;
+}
+
 template <bool scaled, bool biased, class Store>
 inline void write_each(const float* y, int64_t count, float row_scale, const float* scale, const float* bias, Store&& store) {
   for (int64_t i = 0; i < count; ++i) {

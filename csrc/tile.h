@@ -409,6 +409,8 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   kernels.absolute_maximum = absolute_maximum_of;
   kernels.sum = sum_of;
   kernels.quantize = quantize_row;
+  kernels.softmax = softmax_row;
+  kernels.add = add_row;
   kernels.write = write_row;
   kernels.read_memory = read_memory<V>;
   kernels.peak_int8 = peak_int8<V>;

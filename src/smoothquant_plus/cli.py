@@ -62,6 +62,9 @@ Backend = Annotated[
 Arithmetic = Annotated[
     str | None, typer.Option(help="w4a8: activations of w4a16 layers in 8 bits per token too; faster, less accurate. Default: as they are.")
 ]
+Attention = Annotated[
+    str | None, typer.Option(help="int8: both products of attention, and the cache of keys and values, in 8 bits. Default: as in transformers.")
+]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -327,12 +330,13 @@ def eval_(
     dtype: Dtype = None,
     backend: Backend = None,
     arithmetic: Arithmetic = None,
+    attention: Attention = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity on text."""
     from smoothquant_plus.evaluation.perplexity import evaluate as run
 
-    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic}
+    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
     result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, **how)
     show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
 
@@ -346,12 +350,13 @@ def generate(
     dtype: Dtype = None,
     backend: Backend = None,
     arithmetic: Arithmetic = None,
+    attention: Attention = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, greedily."""
     from smoothquant_plus.runtime.generate import generate as run
 
-    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic}
+    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
     text = run(model, prompt, max_new_tokens=max_new_tokens, **how)
     show({"prompt": prompt, "text": text}, as_json, lambda: out.print(prompt + text, markup=False))
 
@@ -450,7 +455,9 @@ def linear(
     tokens: Annotated[
         str | None, typer.Option(help="How many tokens are multiplied at once. Default: 1,4,16,64,256; on CUDA also 1024 and 4096.")
     ] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None, typer.Option(help="CPU threads; several, as 1,2, take turns and are compared. Default: as many as torch takes.")
+    ] = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -473,13 +480,16 @@ def model(
     device: Device = "cpu",
     backend: Backend = None,
     eager: Annotated[bool, typer.Option("--eager", help="On CUDA: without CUDA graphs, for models that they cannot hold.")] = False,
+    attention: Annotated[
+        str | None, typer.Option(help="int8: also run each model with both products of attention, and its cache, in 8 bits.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Whole models, quantized or not, beside each other: prefill, decoding and memory. Ratios are to the first."""
     from smoothquant_plus.evaluation.benchmark_model import bench_model, remarks, tables
 
     check_file(json_file)
-    found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend, eager)
+    found = bench_model(models, prompt_tokens, new_tokens, batch, threads, device, backend, eager, attention)
     show_tables(tables(found), remarks(found))
     save_json(json_file, found)
 

@@ -31,7 +31,7 @@ from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.runtime.kernels import backends
 from smoothquant_plus.runtime.load import load
 
-ROW = {"scheme", "backend", "m", "n", "k", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
+ROW = {"scheme", "backend", "m", "n", "k", "threads", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
 MODEL_ROW = {
     *("model", "scheme", "backend", "prefill_tokens_per_second", "time_to_first_token_s", "decode_tokens_per_second"),
     *("peak_memory_bytes", "prefill_ratio", "decode_ratio"),
@@ -61,6 +61,7 @@ def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.Cap
     # Whatever there is was timed or is named with the reason, and nothing that was timed multiplies something else.
     everything = {(peer.scheme, name) for name, peer in CPU_PEERS.items()}
     everything |= {(scheme, name) for scheme in ("w8a8", "w4a16", "w4a8") for name in backends(torch.device("cpu")) if name != "reference"}
+    everything.add(("bf16", "cpu"))
     timed = {(row["scheme"], row["backend"]) for row in rows}
     assert timed | {(one["scheme"], one["backend"]) for one in left_out} == everything
     assert {("bf16", BF16), ("w8a8", "torch"), ("w4a16", "torch"), ("w8a8", "torch _int_mm")} <= timed
@@ -72,6 +73,32 @@ def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.Cap
     )
     assert "limits at best: read " in printed.out
     assert "bench 4/4: 80x384, 3 tokens" in printed.err and "left" in printed.err
+
+
+def test_numbers_of_threads_take_turns(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is built or called is, with the threads that it says; ratios are to bfloat16 with as many."""
+    seen: list[tuple[str, int]] = []
+    before = torch.get_num_threads()
+
+    def build(weights: Weights) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+        seen.append(("built", torch.get_num_threads()))
+        return lambda x: lambda: torch.nn.functional.linear(x, weights.floats)
+
+    def sampler(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> Callable[[], float]:
+        calls[0]()
+        return lambda: seen.append(("called", torch.get_num_threads())) or 3.0 / torch.get_num_threads()
+
+    monkeypatch.setattr(benchmark_linear, "sampler", sampler)
+    monkeypatch.setattr(benchmark_linear, "backends", lambda device: {})
+    monkeypatch.setattr(benchmark_linear, "PEERS", {BF16: Peer("bf16", "float", (), ("cpu",), build)})
+    found = bench_linear("w4a16", ["64x128"], "2", "1,3")
+    assert torch.get_num_threads() == before and {("built", 1), ("built", 3), ("called", 1), ("called", 3)} == set(seen)
+    rows = [row for row in found.rows if row.backend == BF16]
+    assert [(row.threads, row.microseconds, row.ratio_to_bf16) for row in rows] == [(1, 3e6, 1.0), (3, 1e6, 1.0)]
+    lines = next(tables(found)).lines
+    assert [line[0] for line in lines[:2]] == [f"{BF16}, 1 thread", f"{BF16}, 3 threads"]
+    assert "as with" not in lines[0][1] and lines[1][1].endswith("3.00x as with 1")
+    assert len({one.backend for one in found.left_out}) == len(found.left_out)
 
 
 def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +119,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     monkeypatch.setattr(benchmark_linear, "PEERS", peers)
     found = bench_linear("w8a8", ["64x128"], "2")
     assert {row.backend for row in found.rows} == {BF16, "cpu", "torch"}
-    reasons = {one.backend: one.reason for one in found.left_out}
+    reasons = {one.backend: one.reason for one in found.left_out if one.scheme != "bf16"}
     assert reasons.pop("refuses")
     expected = {
         "broken": "no such instruction",
@@ -102,7 +129,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     assert reasons == expected
     lines = list(remarks(found))
     assert "not installed: no_such_package" in lines and "not timed: w8a8 broken: no such instruction" in lines
-    assert [line[0] for line in next(tables(found)).lines] == [
+    assert [line[0] for line in next(tables(found)).lines if line[0] != "bf16 --backend cpu"] == [
         BF16,
         "bf16 limit",
         "w8a8 --backend cpu",
@@ -222,6 +249,7 @@ def test_four_bits_as_gptq_packs_them() -> None:
         ({"shapes": ["64x100"]}, "--shape 64x100: w4a16 has groups of 128"),
         ({"tokens": "1,,3"}, "--tokens 1,,3: give positive numbers"),
         ({"tokens": "0"}, "--tokens 0: give positive numbers"),
+        ({"numbers_of_threads": "1,two"}, "--threads 1,two: give positive numbers"),
         ({"device": "cuda:99"}, "device 'cuda:99' was asked for"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
     ],
@@ -265,7 +293,7 @@ def test_the_package_s_own_kernels_measure_the_limits_where_they_are_built(quick
     monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_read", lambda tensor: read.append(tensor.nbytes) or 0, raising=False)
     monkeypatch.setattr(torch.ops.smoothquant_plus, "cpu_peak", lambda what, times: 0 if what == "bfloat16" else times, raising=False)
     cpu = torch.device("cpu")
-    limits = machine.limits_of(cpu, 4)()
+    limits = machine.limits_of(cpu)(4)
     assert set(read) == {1 << 20} and limits.read_gb_per_s > 0 and "times the threads" in limits.source
     assert limits.bfloat16_gflop_per_s is None and limits.int8_gop_per_s and limits.float32_gflop_per_s
     assert machine.describe(4, cpu)["instruction_set"] == "avx512vnni"

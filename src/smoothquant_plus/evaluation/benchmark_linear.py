@@ -17,13 +17,13 @@ from smoothquant_plus.evaluation.benchmark_fused import FusedRow, bench_fused
 from smoothquant_plus.evaluation.cpu_peers import CPU_PEERS
 from smoothquant_plus.evaluation.gpu_peers import GPU_PEERS
 from smoothquant_plus.evaluation.machine import Limits, describe, limits_of, summary
-from smoothquant_plus.evaluation.peers import Product, Weights
+from smoothquant_plus.evaluation.peers import BF16, Product, Weights
 from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, threads, turns
 from smoothquant_plus.method.integers import QuantizedWeight, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES, Quant, Scheme, find_scheme, with_arithmetic
 from smoothquant_plus.models.blocks import check_device
 from smoothquant_plus.progress import steps
-from smoothquant_plus.runtime.kernels import BACKENDS, backends
+from smoothquant_plus.runtime.kernels import BACKENDS, backends, cpu
 from smoothquant_plus.runtime.linear import QuantLinear
 
 # Output and input channels: on CPUs of the linear layers of Llama 7B, 13B and 70B, and of a small model; on GPUs of a few of these.
@@ -53,9 +53,9 @@ PEERS = CPU_PEERS | GPU_PEERS
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate on x bfloat16 (m, k) and a weight (n, k): the median time of a call.
+    """One candidate on x bfloat16 (m, k) and a weight (n, k), with so many `threads` of a CPU: the median time of a call.
 
-    `ratio_to_bf16` is how many times faster than torch's bfloat16 product it is, `gb_per_s` the bytes of the weight and its scales (as
+    `ratio_to_bf16` is how many times faster than torch's bfloat16 product with as many threads it is, `gb_per_s` the bytes of the weight and its scales (as
     they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
     need (reading those bytes, or doing the operations, whichever takes longer) over the time. A CPU's limits are measured in turns with the
     candidates, and their medians count, since its clock varies; of a GPU's, measured before each shape, the best of the run count.
@@ -66,6 +66,7 @@ class Row:
     m: int
     n: int
     k: int
+    threads: int
     microseconds: float
     ratio_to_bf16: float
     gb_per_s: float
@@ -95,23 +96,25 @@ class LinearBenchmark:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to time: a backend of ours, or a peer (see `Peer`)."""
+    """Something to time, with so many threads: a backend of ours, or a peer (see `Peer`)."""
 
     scheme: str
     name: str
     arithmetic: str
     build: Callable[[Weights], Product]
+    threads: int
 
 
 def bench_linear(
     scheme: str | None = None,
     shapes: Sequence[str] | None = None,
     tokens: str | None = None,
-    number_of_threads: int | None = None,
+    numbers_of_threads: str | None = None,
     device: str = "cpu",
 ) -> LinearBenchmark:
     """Time `scheme` (a row of SCHEMES, or 'w4a8'; default: all) for weights of `shapes`, 'NxK' each, and batches of `tokens`,
-    numbers with commas between; by default SHAPES and TOKENS of the device.
+    numbers with commas between, with as many threads as each of `numbers_of_threads` says, likewise; by default SHAPES and TOKENS of the device,
+    and as many threads as torch takes.
 
     All candidates of a shape and a batch take turns in this process, on weights that no cache holds (see `sampler`); the times are medians.
     A candidate that fails, or whose product is wrong, is not timed and is in `left_out`. A GPU's limits are measured before each shape.
@@ -121,14 +124,15 @@ def bench_linear(
     integers = with_arithmetic(find_scheme("w4a16"), W4A8)
     schemes = [*SCHEMES.values(), integers] if scheme is None else [integers if scheme == W4A8 else find_scheme(scheme)]
     sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes or SHAPES[place.type]))
-    batches = read_tokens(tokens or TOKENS[place.type])
-    candidates, left_out = find_candidates(schemes, place)
-    limits: list[Limits] = []  # of each batch
-    # Those, and: candidate, (m, n, k), seconds, bf16's, bytes of the weight.
+    batches = read_numbers("--tokens", tokens or TOKENS[place.type])
+    counts = read_numbers("--threads", numbers_of_threads or str(torch.get_num_threads()))
+    candidates, left_out = find_candidates(schemes, place, counts)
+    limits: list[Limits] = []  # of each batch and number of threads
+    # One of those, and: candidate, (m, n, k), seconds, bf16's, bytes of the weight.
     timed: list[tuple[Limits, tuple[Candidate, tuple[int, int, int], float, float, int]]] = []
-    with on(place), threads(number_of_threads) as count, torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
+    with on(place), torch.inference_mode(), steps("bench", len(sizes) * len(batches)) as progress:
         for n, k in sizes:
-            limits_now = limits_of(place, count)
+            limits_now = limits_of(place)
             weights = random_weights(n, k, schemes, place)
             nbytes = {"bf16": weights.floats.nbytes, **{name: stored_bytes(weight) for name, weight in weights.quantized.items()}}
             copies = [weights, *(weights.copy() for _ in range(copies_for(min(nbytes.values()), place) - 1))]
@@ -136,15 +140,19 @@ def bench_linear(
             for candidate in candidates:
                 try:
                     number = copies_for(nbytes[candidate.scheme], place)
-                    products[candidate] = [candidate.build(copy) for copy in copies[:number]]
+                    with threads(candidate.threads):
+                        products[candidate] = [candidate.build(copy) for copy in copies[:number]]
                 except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
                     left_out.append(LeftOut(candidate.scheme, candidate.name, reason_of(error), n=n, k=k))
             for m in batches:
                 seconds, failed, batch_limits = time_products(products, torch.randn(m, k, device=place).bfloat16(), limits_now)
                 left_out += [LeftOut(one.scheme, one.name, reason, m, n, k) for one, reason in failed.items()]
-                bf16 = seconds[candidates[0]]
-                timed += [(batch_limits, (one, (m, n, k), time, bf16, nbytes[one.scheme])) for one, time in seconds.items()]
-                limits.append(batch_limits)
+                bf16 = {one.threads: seconds[one] for one in candidates if one.name == BF16}
+                timed += [
+                    (batch_limits[one.threads], (one, (m, n, k), time, bf16[one.threads], nbytes[one.scheme]))
+                    for one, time in seconds.items()
+                ]
+                limits += batch_limits.values()
                 progress.step(f"{n}x{k}, {m} tokens")
             del weights, copies, products  # before the next shape's
         inputs = [(m, k) for k in dict.fromkeys(k for _, k in sizes) for m in batches]
@@ -155,13 +163,14 @@ def bench_linear(
             left_out.append(LeftOut("w8a8", "fused operations", reason_of(error)))
     best = summary(limits, max)
     rows = [as_row(best if place.type == "cuda" else meanwhile, *measured) for meanwhile, measured in timed]
-    return LinearBenchmark(describe(count, place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
+    left_out = list(dict.fromkeys(left_out))  # once for all numbers of threads
+    return LinearBenchmark(describe(max(counts), place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
 
 
 def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
     m, n, k = size
     limit = limits.seconds(candidate.arithmetic, nbytes, 2 * m * n * k)
-    return Row(candidate.scheme, candidate.name, m, n, k, seconds * 1e6, bf16 / seconds, nbytes / seconds / 1e9, limit / seconds)
+    return Row(candidate.scheme, candidate.name, m, n, k, candidate.threads, seconds * 1e6, bf16 / seconds, nbytes / seconds / 1e9, limit / seconds)
 
 
 def read_shape(text: str, schemes: Sequence[Scheme]) -> tuple[int, int]:
@@ -179,10 +188,10 @@ def read_shape(text: str, schemes: Sequence[Scheme]) -> tuple[int, int]:
     return n, k
 
 
-def read_tokens(text: str) -> list[int]:
-    """The numbers of tokens in '1,4,16', each once. Raises InputError for anything else."""
+def read_numbers(option: str, text: str) -> list[int]:
+    """The numbers in '1,4,16', each once. Raises InputError, which names the option, for anything else."""
     if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
-        raise InputError(f"--tokens {text}: give positive numbers with commas between, for example {TOKENS['cpu']}.")
+        raise InputError(f"{option} {text}: give positive numbers with commas between, for example 1,4,16.")
     return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
@@ -206,23 +215,26 @@ def stored_bytes(weight: QuantizedWeight) -> int:
     return (weight.values.numel() + zero_points) * weight.quant.bits // 8 + weight.scale.nbytes
 
 
-def find_candidates(schemes: Sequence[Scheme], device: torch.device) -> tuple[list[Candidate], list[LeftOut]]:
-    """What can be timed on `device`, torch's bfloat16 product first and our own before the peers of the same scheme, and the peers that are
-    not installed."""
+def find_candidates(schemes: Sequence[Scheme], device: torch.device, counts: Sequence[int]) -> tuple[list[Candidate], list[LeftOut]]:
+    """What can be timed on `device`, with each number of threads in `counts`, torch's bfloat16 product first and our own before the peers of the
+    same scheme, and the peers that are not installed."""
     found, left_out = [], []
     for scheme in (None, *schemes):
+        here: dict[str, tuple[str, Callable[[Weights], Product]]] = {}  # arithmetic, and how it is built
+        name_of_scheme = "bf16" if scheme is None else scheme.name
         if scheme is not None:
             arithmetic = "float" if scheme.inputs is None else "int8"
-            found += [
-                Candidate(scheme.name, name, arithmetic, backend_of(name, scheme)) for name in backends(device) if name != "reference"
-            ]
+            here = {name: (arithmetic, backend_of(name, scheme)) for name in backends(device) if name != "reference"}
         for name, peer in PEERS.items():
-            if peer.scheme == ("bf16" if scheme is None else scheme.name) and device.type in peer.devices:
+            if peer.scheme == name_of_scheme and device.type in peer.devices:
                 missing = peer.missing()
                 if missing is None:
-                    found.append(Candidate(peer.scheme, name, peer.arithmetic, peer.build))
+                    here[name] = (peer.arithmetic, peer.build)
                 else:
                     left_out.append(LeftOut(peer.scheme, name, f"{NOT_INSTALLED}{missing}"))
+        if scheme is None and device.type == "cpu":
+            here["cpu"] = ("float", bfloat16_product)
+        found += [Candidate(name_of_scheme, name, *how, count) for name, how in here.items() for count in counts]
     return found, left_out
 
 
@@ -236,11 +248,19 @@ def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
     return build
 
 
+def bfloat16_product(weights: Weights) -> Product:
+    """Our own product with a weight that stays in bfloat16, as a head does. Raises InputError where a model would use torch's."""
+    if not cpu.multiplies_bfloat16():
+        raise InputError("it needs AVX-512 with BF16, and is not used where there is AMX")
+    packed = cpu.prepare_bfloat16(weights.floats)
+    return lambda x: lambda: cpu.linear_bfloat16(x, packed, None, len(weights.floats))
+
+
 def time_products(
-    products: dict[Candidate, list[Product]], x: Tensor, limits_now: Callable[[], Limits]
-) -> tuple[dict[Candidate, float], dict[Candidate, str], Limits]:
-    """The median seconds of each product of x (M, K), why the others have none, and the medians of the limits meanwhile. A candidate has
-    a product for each copy of the weight.
+    products: dict[Candidate, list[Product]], x: Tensor, limits_now: Callable[[int], Limits]
+) -> tuple[dict[Candidate, float], dict[Candidate, str], dict[int, Limits]]:
+    """The median seconds of each product of x (M, K), why the others have none, and the medians of the limits meanwhile, for each number of
+    threads. A candidate has a product for each copy of the weight.
 
     Each is called once before: that sets things up, and shows whether it multiplies what the first one, torch's bfloat16 product, does.
     """
@@ -249,26 +269,30 @@ def time_products(
     expected: Tensor | None = None
     for candidate, copies in products.items():
         try:
-            calls = [bind(x) for bind in copies]
-            y = calls[0]().float()
-            expected = y if expected is None else expected
-            wrong = ((y - expected).norm() / expected.norm()).item()
-            if wrong < LARGEST_ERROR:
-                samples[candidate] = sampler(calls, x.device)
-            else:  # NaN too
-                failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
+            with threads(candidate.threads):
+                calls = [bind(x) for bind in copies]
+                y = calls[0]().float()
+                expected = y if expected is None else expected
+                wrong = ((y - expected).norm() / expected.norm()).item()
+                if wrong < LARGEST_ERROR:
+                    samples[candidate] = sampler(calls, x.device)
+                else:  # NaN too
+                    failed[candidate] = f"its product is wrong (relative error {wrong:.2f})"
         except Exception as error:
-            if not samples:
+            if candidate.name == BF16:
                 raise  # without what all are compared with there is no benchmark
             failed[candidate] = reason_of(error)
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in samples}
-    limits: list[Limits] = []
-    for turn in turns((None, *samples), ROUNDS, SECONDS[x.device.type]):
-        if turn is None:
-            limits.append(limits_now())
+    limits: dict[int, list[Limits]] = {candidate.threads: [] for candidate in samples}
+    for turn in turns((*limits, *samples), ROUNDS, SECONDS[x.device.type]):
+        if isinstance(turn, int):
+            with threads(turn):
+                limits[turn].append(limits_now(turn))
         else:
-            times[turn].append(samples[turn]())
-    return {candidate: median(found) for candidate, found in times.items()}, failed, summary(limits, median)
+            with threads(turn.threads):
+                times[turn].append(samples[turn]())
+    medians = {candidate: median(found) for candidate, found in times.items()}
+    return medians, failed, {count: summary(found, median) for count, found in limits.items()}
 
 
 def reason_of(error: Exception) -> str:
@@ -277,28 +301,42 @@ def reason_of(error: Exception) -> str:
 
 
 def tables(found: LinearBenchmark) -> Iterator[Table]:
-    """One for each shape: a line for each candidate, a column for each number of tokens, and the limits as lines of their own."""
-    cells = {(row.n, row.k, row.scheme, row.backend, row.m): row for row in found.rows}
+    """One for each shape: a line for each candidate and number of threads, a column for each number of tokens, and the limits as lines of their
+    own."""
+    cells = {(row.n, row.k, row.scheme, row.backend, row.threads, row.m): row for row in found.rows}
     batches = list(dict.fromkeys(row.m for row in found.rows))
+    counts = list(dict.fromkeys(row.threads for row in found.rows))
     for n, k in dict.fromkeys((row.n, row.k) for row in found.rows):
         lines: list[list[str]] = []
         for scheme in dict.fromkeys(row.scheme for row in found.rows):
             backends = list(dict.fromkeys(row.backend for row in found.rows if row.scheme == scheme))
             for backend in backends:
                 name = f"{scheme} --backend {backend}" if backend in BACKENDS else backend if scheme == "bf16" else f"{scheme} {backend}"
-                lines.append([name, *(cell(cells.get((n, k, scheme, backend, m))) for m in batches)])
+                for count in counts:
+                    rows = [(cells.get((n, k, scheme, backend, count, m)), cells.get((n, k, scheme, backend, counts[0], m))) for m in batches]
+                    lines.append([name + of_threads(count, counts), *(cell(row, first) for row, first in rows)])
             # The limit of the arithmetic that the scheme is defined in, which is the first one's.
-            firsts = [cells.get((n, k, scheme, backends[0], m)) for m in batches]
-            lines.append([f"{scheme} limit", *(microseconds(row.microseconds * row.fraction_of_limit) if row else "-" for row in firsts)])
+            for count in counts:
+                firsts = [cells.get((n, k, scheme, backends[0], count, m)) for m in batches]
+                limits = (microseconds(row.microseconds * row.fraction_of_limit) if row else "-" for row in firsts)
+                lines.append([f"{scheme} limit" + of_threads(count, counts), *limits])
         yield Table(f"{n}x{k}", ["", *(f"M={m}" for m in batches)], lines)
     yield from benchmark_fused.tables(found.fused)
 
 
-def cell(row: Row | None) -> str:
+def of_threads(count: int, counts: Sequence[int]) -> str:
+    """What a line's name ends with, where there are several numbers of threads."""
+    return "" if len(counts) == 1 else f", {count} thread{'s' * (count > 1)}"
+
+
+def cell(row: Row | None, first: Row | None) -> str:
+    """A time and what it compares with; `first` is the same with the first number of threads."""
     if row is None:
         return "-"
-    text = f"{microseconds(row.microseconds)} ({row.ratio_to_bf16:.2f}x)"
-    return f"{text}\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit"
+    text = f"{microseconds(row.microseconds)} ({row.ratio_to_bf16:.2f}x)\n{row.gb_per_s:.1f} GB/s, {row.fraction_of_limit:.0%} of limit"
+    if first is None or first.threads == row.threads:
+        return text
+    return f"{text}\n{first.microseconds / row.microseconds:.2f}x as with {first.threads}"
 
 
 def remarks(found: LinearBenchmark) -> Iterator[str]:

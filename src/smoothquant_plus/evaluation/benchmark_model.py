@@ -32,6 +32,7 @@ from smoothquant_plus.models.blocks import (
 )
 from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
 from smoothquant_plus.progress import note, peak_rss_mb, steps
+from smoothquant_plus.runtime.attention import cache_argument, check_attention
 from smoothquant_plus.runtime.kernels import BACKENDS
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.runtime.load import load
@@ -44,7 +45,7 @@ ROUNDS, SECONDS = 5, 60.0
 class Row:
     """One model: medians over the rounds, and ratios to the first model.
 
-    `scheme` is the float type of a model that is not quantized, whose `backend` is empty. `prefill_tokens_per_second` counts the tokens of
+    `scheme` is the float type of a model that is not quantized, whose `backend` is empty; `attention` is 'int8', or empty for transformers' own. `prefill_tokens_per_second` counts the tokens of
     all prompts of the batch over `time_to_first_token_s`: one forward pass over the prompts, which fills the cache, and the choice of
     a token. `decode_tokens_per_second` counts those after the first. `peak_memory_bytes` is the peak resident size of a process that
     loads and runs this model alone, Python and the libraries included; on CUDA the peak that torch allocated there.
@@ -53,6 +54,7 @@ class Row:
     model: str
     scheme: str
     backend: str
+    attention: str
     prefill_tokens_per_second: float
     time_to_first_token_s: float
     decode_tokens_per_second: float
@@ -90,33 +92,39 @@ def bench_model(
     device: str = "cpu",
     backend: str | None = None,
     eager: bool = False,
+    attention: str | None = None,
 ) -> ModelBenchmark:
     """Run the models in `directories` on the same random prompts (`batch` of them, `prompt_tokens` each), and let each generate `new_tokens`
     (at least 2).
 
     Each model is loaded in a process of its own, so that its memory is its own, and all of them stay loaded: they take turns, round by
     round, and nothing but the one whose turn it is computes. `backend` is for those that are quantized. On CUDA all of them run as CUDA
-    graphs, unless `eager`. Raises InputError before anything is loaded for a directory, a backend, a device or a length that cannot be used,
-    for a model that cannot be captured in a graph, and when a process ends, such as for want of memory.
+    graphs, unless `eager`. With `attention` each is also run with attention so computed (`load`), right after itself. Raises InputError before
+    anything is loaded for a directory, a backend, a device or a length that cannot be used, for a model that cannot be captured in a graph, and when a process ends, such as for want of memory.
     """
     check_device(device)
     on_cuda = torch.device(device).type == "cuda"
     if eager and not on_cuda:
         raise InputError(f"--eager is for CUDA, where models run as CUDA graphs otherwise: on '{device}' there are none, leave it out.")
     graphs = on_cuda and not eager
-    vocabulary, schemes = _check(directories, prompt_tokens, new_tokens, backend)
+    vocabulary, schemes = _check(directories, prompt_tokens, new_tokens, backend, attention, device)
+    ways = (None,) if attention is None else (None, attention)
+    directories, schemes = ([one for one in each for _ in ways] for each in (directories, schemes))
+    attentions = list(ways) * (len(directories) // len(ways))
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     count = number_of_threads or torch.get_num_threads()
     answers: list[list[Answer]] = [[] for _ in directories]
-    options = [(count, device, backend if scheme in SCHEMES else None, graphs) for scheme in schemes]
+    options = [
+        (count, device, backend if scheme in SCHEMES else None, own, graphs) for scheme, own in zip(schemes, attentions, strict=True)
+    ]
     with _processes(directories, options) as ask:
         for index, directory in enumerate(directories):  # one after the other: the first run loads the model, and sets things up
-            note(f"{directory}:")
+            note(f"{directory}{named(attentions[index])}:")
             ask(index, prompts, new_tokens if graphs else 2)
         with steps("run", ROUNDS * len(directories)) as progress:
             for index in turns(range(len(directories)), ROUNDS, SECONDS):
                 answers[index].append(ask(index, prompts, new_tokens))
-                progress.step(str(directories[index]))
+                progress.step(f"{directories[index]}{named(attentions[index])}")
     first = [median(answer.first_s for answer in own) for own in answers]
     rest = [median(answer.rest_s for answer in own) for own in answers]
     rows = [
@@ -124,6 +132,7 @@ def bench_model(
             str(directory),
             schemes[index],
             ", ".join(answers[index][0].backends),
+            attentions[index] or "",
             batch * prompt_tokens / first[index],
             first[index],
             batch * (new_tokens - 1) / rest[index],
@@ -136,14 +145,18 @@ def bench_model(
     return ModelBenchmark(describe(count, torch.device(device)), prompt_tokens, new_tokens, batch, graphs, rows)
 
 
-def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, backend: str | None) -> tuple[int, list[str]]:
+def _check(
+    directories: Sequence[Path], prompt_tokens: int, new_tokens: int, backend: str | None, attention: str | None, device: str
+) -> tuple[int, list[str]]:
     """The size of the smallest vocabulary, and each model's scheme. Raises InputError for what `load` or a run would fail on later."""
     vocabulary, schemes = [], []
     for directory in directories:
         config = load_config(directory)
         _, family = open_family(config, declared_family(directory))
-        heads = head_paths(build_skeleton(config, config.dtype or torch.float32), family)
-        scheme = read_scheme(Checkpoint(directory).config, directory, heads)
+        skeleton = build_skeleton(config, config.dtype or torch.float32)
+        scheme = read_scheme(Checkpoint(directory).config, directory, head_paths(skeleton, family))
+        if attention is not None:
+            check_attention(skeleton, attention, device)
         text = config.get_text_config()
         check_positions(text, prompt_tokens + new_tokens, f"{directory}: --prompt-tokens {prompt_tokens} --new-tokens {new_tokens}")
         vocabulary.append(text.vocab_size)
@@ -157,7 +170,7 @@ def _check(directories: Sequence[Path], prompt_tokens: int, new_tokens: int, bac
 
 @contextmanager
 def _processes(
-    directories: Sequence[Path], options: Sequence[tuple[int, str, str | None, bool]]
+    directories: Sequence[Path], options: Sequence[tuple[int, str, str | None, str | None, bool]]
 ) -> Iterator[Callable[[int, Tensor, int], Answer]]:
     """A process for each model; gives ask(index, prompts, new tokens), which lets one of them run and returns its Answer."""
     # Forked from a process that has imported everything, once, and computed nothing: torch's threads do not survive a fork.
@@ -195,7 +208,9 @@ def _processes(
             worker.join()
 
 
-def serve(connection: Connection, directory: Path, threads: int, device: str, backend: str | None, graphs: bool) -> None:
+def serve(
+    connection: Connection, directory: Path, threads: int, device: str, backend: str | None, attention: str | None, graphs: bool
+) -> None:
     """A model's process: load it when first asked, and run it as often as asked, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, who ends this process
     torch.set_num_threads(threads)
@@ -207,7 +222,7 @@ def serve(connection: Connection, directory: Path, threads: int, device: str, ba
         except EOFError:
             return
         try:
-            model = load(directory, device=device, backend=backend) if model is None else model
+            model = load(directory, device=device, backend=backend, attention=attention) if model is None else model
             inputs = torch.tensor(prompts, device=model.device)
             with on(model.device):
                 if graphs and run_graphs is None:  # for good: what is asked of a process is always the same
@@ -292,8 +307,9 @@ def _only_last(model: Any) -> dict[str, int]:
 
 def _next(model: Any, tokens: Tensor, cache: Any = None, **options: int) -> tuple[Tensor, Any]:
     """The token (batch, 1) that follows `tokens` (batch, any number), and the cache with `tokens` in it; without one, the model's own."""
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
-    return output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+    name = cache_argument(model)
+    output = model(input_ids=tokens, use_cache=True, **{name: cache}, **options)
+    return output.logits[:, -1:].argmax(dim=-1), output[name]
 
 
 def _now(model: Any) -> float:
@@ -303,11 +319,16 @@ def _now(model: Any) -> float:
     return time.perf_counter()
 
 
+def named(attention: str | None) -> str:
+    """What a model's name is followed by."""
+    return f", attention in {attention}" if attention else ""
+
+
 def tables(found: ModelBenchmark) -> Iterator[Table]:
     columns = ["", "scheme", "backend", "prefill tokens/s", "first token s", "decode tokens/s", "peak memory GB"]
     lines = [
         [
-            row.model,
+            row.model + named(row.attention),
             row.scheme,
             row.backend or "-",
             f"{row.prefill_tokens_per_second:.1f} ({row.prefill_ratio:.2f}x)",

@@ -53,14 +53,15 @@ def summary(found: Sequence[Limits], of: Callable[[Iterable[float]], float]) -> 
     return Limits(found[0].source, **values)
 
 
-def limits_of(device: torch.device, threads: int) -> Callable[[], Limits]:
-    """What says the limits of this machine. A CPU's are measured when it is called, since its clock varies: by the package's own kernels where
-    they are built, otherwise an estimate by what torch can do, which is lower. A GPU's are measured here, by what torch can do."""
+def limits_of(device: torch.device) -> Callable[[int], Limits]:
+    """What says the limits of this machine for so many threads, as many as torch takes when it is called. A CPU's are measured then, since its
+    clock varies: by the package's own kernels where they are built, otherwise an estimate by what torch can do, which is lower. A GPU's are
+    measured here, by what torch can do."""
     if device.type == "cuda":
         measured = _measure_cuda(device)
-        return lambda: measured
+        return lambda threads: measured
     buffer = _read_buffer(device)
-    return partial(_estimate, buffer) if extension() is None else partial(_measure_cpu, buffer, threads)
+    return partial(_estimate, buffer) if extension() is None else partial(_measure_cpu, buffer)
 
 
 def describe(number: int, device: torch.device) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _peak_of_one_thread(what: str) -> float:
     return float(operations / (time.perf_counter() - start))
 
 
-def _estimate(buffer: Tensor) -> Limits:
+def _estimate(buffer: Tensor, _: int) -> Limits:
     """What torch's own sum and matrix products reach. On a CPU it has no integer product that is near to any peak."""
     numbers = buffer.view(torch.int64)
     side = SIDE["cpu"]

@@ -39,6 +39,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     arithmetic: str | None = None,
+    attention: str | None = None,
 ) -> Perplexity:
     """Perplexity of the model in directory `model` on `text` (see `perplexity`).
 
@@ -57,7 +58,8 @@ def evaluate(
     check_ids(ids, config.vocab_size, Path(model))
     if len(ids) < 2:
         raise InputError(f"the text is too short: {', '.join(texts)} has {len(ids)} token, and at least 2 are needed.")
-    return perplexity(load(model, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic), ids, seq_len, stride)
+    loaded = load(model, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic, attention=attention)
+    return perplexity(loaded, ids, seq_len, stride)
 
 
 @torch.inference_mode()

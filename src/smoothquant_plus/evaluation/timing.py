@@ -129,11 +129,11 @@ def microseconds(number: float) -> str:
 
 
 @contextmanager
-def threads(number: int | None) -> Iterator[int]:
-    """Let torch compute with `number` threads meanwhile (None: as many as it does anyway), and say how many these are."""
+def threads(number: int) -> Iterator[None]:
+    """Let torch compute with `number` threads meanwhile."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+    torch.set_num_threads(number)
     try:
-        yield number or before
+        yield
     finally:
         torch.set_num_threads(before)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.evaluation.benchmark_linear import SHAPES, random_weights, read_shape, read_tokens
+from smoothquant_plus.evaluation.benchmark_linear import SHAPES, random_weights, read_numbers, read_shape
 from smoothquant_plus.evaluation.timing import Table, copies_for, microseconds, on, sampler, turns
 from smoothquant_plus.files import write_json
 from smoothquant_plus.method.integers import QuantizedWeight
@@ -77,7 +77,7 @@ def tune(shapes: Sequence[str] | None = None, tokens: str = TOKENS, scheme: str 
     place = torch.device(check_device(device))
     schemes = [*SCHEMES.values()] if scheme is None else [find_scheme(scheme)]
     sizes = list(dict.fromkeys(read_shape(shape, schemes) for shape in shapes or SHAPES["cuda"]))
-    batches = sorted(read_tokens(tokens))
+    batches = sorted(read_numbers("--tokens", tokens))
     for one in schemes:
         reason = triton.supports(one, place, sizes[0])
         if reason is not None:

@@ -22,6 +22,7 @@ def generate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     arithmetic: str | None = None,
+    attention: str | None = None,
 ) -> str:
     """What the model in `directory`, quantized or not, continues `prompt` with. Raises InputError as `load` does, and for an empty prompt."""
     config = load_config(Path(directory)).get_text_config()
@@ -31,7 +32,7 @@ def generate(
         raise InputError("the prompt is empty: give --prompt TEXT.")
     check_ids(torch.tensor(ids), config.vocab_size, Path(directory))
     check_positions(config, len(ids) + max_new_tokens, f"--max-new-tokens {max_new_tokens} after the prompt's {len(ids)} tokens")
-    model = load(directory, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic)
+    model = load(directory, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic, attention=attention)
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False)[0]
     # Decoded with the prompt: by themselves many tokenizers drop the space that the first new token begins with.

@@ -28,6 +28,7 @@ from smoothquant_plus.models.blocks import (
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import steps
+from smoothquant_plus.runtime.attention import check_attention, use_int8
 from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.runtime.unquantized import speed_up
@@ -40,12 +41,14 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     arithmetic: str | None = None,
+    attention: str | None = None,
 ) -> Any:
     """The model in `directory`, quantized or not, ready to call, `generate()` and torch.compile.
 
     `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'triton', 'torch',
     'reference', or None to choose for each layer. `arithmetic` 'w4a8' multiplies the 4-bit weights of a W4A16 checkpoint with activations
-    rounded to 8 bits per token: faster, and less accurate. Raises InputError for a checkpoint, device or backend that cannot be used.
+    rounded to 8 bits per token: faster, and less accurate. `attention` 'int8', on a CPU, computes both products of attention in 8 bits and keeps
+    keys and values in them. Raises InputError for a checkpoint, device, backend or attention that cannot be used.
     """
     directory = Path(directory)
     device = check_device(device)
@@ -54,6 +57,8 @@ def load(
     checkpoint = Checkpoint(directory)
     dtype = dtype or config.dtype or torch.float32
     model: Any = build_skeleton(config, dtype)
+    if attention is not None:
+        check_attention(model, attention, device)
     scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
     if scheme is None and backend is not None:
         raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
@@ -100,6 +105,8 @@ def load(
         model.config.tie_word_embeddings = False  # whatever config.json says, the checkpoint has a head of its own
     model.tie_weights()
     fuse(blocks)
+    if attention is not None:
+        use_int8(model)
     if scheme is not None and model.device.type == "cpu":  # what is not quantized stays as transformers has it
         speed_up(model)
     return model.eval()

@@ -25,6 +25,7 @@ from smoothquant_plus.progress import note
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "SQPLUS_CPU"
 PANEL = 64
+PAGE = 64  # tokens of a page of attention's cache
 
 # |x| <= 128, and what its sums start from is -128 times all of them: more input channels than this could overflow an int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
@@ -51,6 +52,8 @@ def missing() -> str | None:
     torch.library.register_fake("smoothquant_plus::cpu_bfloat16")(_fake_bfloat16)
     torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4)
     torch.library.register_fake("smoothquant_plus::cpu_w4a8")(_fake_w4)
+    torch.library.register_fake("smoothquant_plus::cpu_cache_append")(lambda cache, keys, values, at: None)
+    torch.library.register_fake("smoothquant_plus::cpu_attention")(_fake_attention)
     if wanted is not None and torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted)) != LEVELS.index(wanted):
         raise InputError(f"{VARIABLE}={wanted}: this processor has {level()} at most.")
     return None
@@ -124,6 +127,31 @@ def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None, channels: in
     """x bfloat16 (..., K) times a weight of so many output `channels`, with sums in float32: bfloat16 (..., N)."""
     y: Tensor = torch.ops.smoothquant_plus.cpu_bfloat16(x, packed, bias, channels)
     return y
+
+
+def cache_pages(pages: int, batch: int, heads: int, key_channels: int, value_channels: int) -> Tensor:
+    """Room for the keys and values of so many `pages` of PAGE tokens, of so many KV `heads`: uint8 (pages, batch, heads, bytes), not initialized."""
+    integers = PAGE * (-(-key_channels // 4) * 4 + -(-value_channels // PANEL) * PANEL)
+    return torch.empty(pages, batch, heads, integers + 2 * PAGE * 4, dtype=torch.uint8)
+
+
+def cache_append(pages: Tensor, keys: Tensor, values: Tensor, at: int) -> None:
+    """Write `keys` (batch, KV heads, tokens, channels) and `values`, rounded, as the tokens from `at` on into `cache_pages`."""
+    torch.ops.smoothquant_plus.cpu_cache_append(pages, keys, values, at)
+
+
+def attention(query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """`reference.attention` of `query` (batch, heads, tokens, channels of keys) with the first `length` tokens of `cache_pages`; `channels` are
+    those of values. Gives (batch, tokens, heads, channels)."""
+    y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, pages, length, channels, scaling, causal, mask)
+    return y
+
+
+def _fake_attention(
+    query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, causal: bool, mask: Tensor | None
+) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, channels)
 
 
 def _fake_w8a8(

@@ -1,4 +1,5 @@
-"""The meaning of a quantized linear layer, in plain torch, exact in the integers. Every other backend is tested against it."""
+"""The meaning of a quantized linear layer, and of attention in integers, in plain torch, exact in the integers. Every other backend is tested
+against it."""
 
 from __future__ import annotations
 
@@ -67,3 +68,37 @@ def _w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor |
 @_w4a16.register_fake
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, causal: bool = False, mask: Tensor | None = None, page: int = 64
+) -> Tensor:
+    """softmax(query @ key.T * scaling + mask) @ value with both products in INT8.
+
+    query (batch, heads, tokens, channels), key (batch, KV heads, positions, channels), value (batch, KV heads, positions, channels of its own), in
+    any float dtype; gives (batch, tokens, heads, channels of values) in the query's. `causal`: the last token is at the last position, and each sees
+    the positions up to its own. `mask` bool (true: seen) or added, (batch, heads, tokens, positions).
+
+    Queries, keys and values are rounded with a scale for each token and head. In the second product what is added up are positions, whose values have
+    scales of their own: softmax's weights are multiplied with them first, and are rounded then, with a scale for each `page` of positions. The sum
+    that softmax divides by is that of the weights as they were.
+    """
+    per_token = Quant(bits=8, strategy="token", dynamic=True)
+    group = query.shape[1] // key.shape[1]
+    (q, q_scale), (k, k_scale), (v, v_scale) = (quantize_input(x.float(), per_token) for x in (query, key, value))
+    k, k_scale, v, v_scale = (x.repeat_interleave(group, dim=1) for x in (k, k_scale, v, v_scale))  # (batch, heads, positions, ...)
+    scores = (q.double() @ k.double().transpose(-1, -2)).float() * (q_scale * scaling) * k_scale.transpose(-1, -2)
+    tokens, positions = scores.shape[-2:]
+    if causal:
+        scores = scores.masked_fill(~torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens), float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - largest.masked_fill(largest == float("-inf"), 0)).exp()
+    y = scores.new_zeros(*scores.shape[:-1], value.shape[-1])
+    for start in range(0, positions, page):
+        here = slice(start, start + page)
+        integers, scale = quantize_input(weights[..., here] * v_scale[:, :, here].transpose(-1, -2), per_token)
+        y += (integers.double() @ v[:, :, here].double()).float() * scale
+    total = weights.sum(dim=-1, keepdim=True)
+    return (y / total).masked_fill(total == 0, 0).transpose(1, 2).to(query.dtype)
