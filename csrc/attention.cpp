@@ -60,7 +60,7 @@ void cpu_cache_append(const Tensor& cache, const Tensor& given_keys, const Tenso
   uint8_t* pages = static_cast<uint8_t*>(cache.data_ptr());
   parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(std::max(of_key, of_value));
-    const auto integers = room<int8_t>(std::max(of_key, of_value));
+    const auto integers = room<int8_t>(round_up(std::max(of_key, of_value), 4));
     const auto quantize = [&](const Tensor& from, int64_t index, int64_t count) {
       const Type type = type_of(from);
       kernels.read(type, static_cast<const char*>(from.data_ptr()) + index * count * size_of(type), count, row.get());
@@ -74,10 +74,16 @@ void cpu_cache_append(const Tensor& cache, const Tensor& given_keys, const Tenso
         uint8_t* page = pages + ((at + token) / kTokens * all + head) * layout.bytes();
         float* scales = reinterpret_cast<float*>(page + layout.integers());
         scales[place] = quantize(keys, head * tokens + token, of_key);
-        for (int64_t i = 0; i < of_key; ++i) page[i / 4 * kStep + place * 4 + i % 4] = static_cast<uint8_t>(integers[i] + 128);
+        for (int64_t step = 0; step < layout.key_steps; ++step) {
+          uint32_t four;
+          std::memcpy(&four, integers.get() + step * 4, 4);  // past the last channel any bits: the query has zeros there
+          four ^= 0x80808080;  // 128 more, as the bits of two's complement have it
+          std::memcpy(page + step * kStep + place * 4, &four, 4);
+        }
         scales[kTokens + place] = quantize(values, head * tokens + token, of_value);
-        for (int64_t i = 0; i < of_value; ++i) {
-          layout.values(page, i / kPanel)[place / 4 * kStep + i % kPanel * 4 + place % 4] = static_cast<uint8_t>(integers[i] + 128);
+        for (int64_t first = 0; first < of_value; first += kPanel) {
+          uint8_t* to = layout.values(page, first / kPanel) + place / 4 * kStep + place % 4;
+          for (int64_t i = 0; i < std::min<int64_t>(kPanel, of_value - first); ++i) to[i * 4] = static_cast<uint8_t>(integers[first + i] ^ 0x80);
         }
       }
     }
@@ -146,7 +152,7 @@ struct Attention {
   int64_t heads, group, tokens, channels;  // group: heads that share one of the cache
   const uint8_t* cache;
   int64_t cache_heads, cache_stride, length;  // from a page to the next one of the same head
-  float scaling;
+  float scaling, softcap;
   bool causal;
   std::optional<Mask> mask;
 
@@ -202,6 +208,7 @@ struct Attention {
         kernels.write(Type::kFloat, products + r * kPanel, kTokens, own.scales[r] * scaling, layout.key_scales(here), nullptr, row);
       }
     }
+    if (softcap > 0.0f) kernels.cap(scores.get(), rows * stride, softcap);
     for (int64_t r = 0; r < rows; ++r) {
       hide(task, r, from * kTokens, stride, scores.get() + r * stride);
       made.sums[r] = kernels.softmax(scores.get() + r * stride, stride, &made.largest[r]);
@@ -276,10 +283,11 @@ struct Attention {
   }
 };
 
-// softmax(query @ keys.T * scaling + mask) @ values with the first `length` tokens of the cache: query (batch, heads, tokens, channels of keys) in float -> (batch,
+// softmax(cap(query @ keys.T * scaling) + mask) @ values with the first `length` tokens of the cache: query (batch, heads, tokens, channels of keys) in float -> (batch,
 // tokens, heads, `channels` of values) in the same. `causal`: the query's last token is the cache's last, and each sees those up to itself. `mask` bool (true: seen)
-// or float32 (added), (batch, heads, tokens, length) expanded from whatever it is the same for.
-Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, int64_t channels, double scaling, bool causal, const std::optional<Tensor>& mask) {
+// or float32 (added), (batch, heads, tokens, length) expanded from whatever it is the same for. cap(x) is softcap * tanh(x / softcap), or x where softcap is 0.
+Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, int64_t channels, double scaling, double softcap, bool causal,
+                     const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(given.dim() == 4, "queries have four dimensions");
   const Tensor query = torch::stable::contiguous(given);
   const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2);
@@ -297,7 +305,8 @@ Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, i
   Tensor y = torch::stable::new_empty(query, {batch, tokens, heads, channels});
   if (batch * heads * tokens * channels == 0) return y;
   const Attention attention{kernels_in_use(), layout, query, heads, heads / cache_heads, tokens, channels, static_cast<const uint8_t*>(cache.data_ptr()),
-                            cache_heads, batch * cache_heads * layout.bytes(), length, static_cast<float>(scaling), causal, seen};
+                            cache_heads, batch * cache_heads * layout.bytes(), length, static_cast<float>(scaling),
+                            static_cast<float>(softcap), causal, seen};
   attention.run(y);
   return y;
 }
@@ -307,7 +316,7 @@ Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, i
 
 STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
   m.def("cpu_cache_append(Tensor(a!) cache, Tensor keys, Tensor values, int at) -> ()");
-  m.def("cpu_attention(Tensor query, Tensor cache, int length, int channels, float scaling, bool causal, Tensor? mask) -> Tensor");
+  m.def("cpu_attention(Tensor query, Tensor cache, int length, int channels, float scaling, float softcap, bool causal, Tensor? mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CPU, m) {

@@ -108,6 +108,7 @@ struct Kernels {
   void (*fix)(const float* x, int64_t count, int pieces, int32_t* to, Rest* rest, Fixed*);
   // x becomes exp(x - largest), with the largest of them; returns what they add up to. `count` is a multiple of 16. Of nothing but -infinity zeros, and 0.
   float (*softmax)(float* x, int64_t count, float* largest);
+  void (*cap)(float* x, int64_t count, float cap);  // x becomes cap * tanh(x / cap)
   void (*add)(const float* x, int64_t count, float scale, float* to);  // += x * scale
   // y * row_scale * scale + bias; scale and bias may be null.
   void (*write)(Type, const float* y, int64_t count, float row_scale, const float* scale, const float* bias, void* to);

@@ -153,6 +153,14 @@ inline float softmax_row(float* x, int64_t count, float* largest) {
   return added_up(sums);
 }
 
+// cap * tanh(x / cap): as (1 - e) / (1 + e) with e = exp(-2 |x / cap|).
+inline void cap_row(float* x, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float e = exponential(-2.0f * std::fabs(x[i] / cap));
+    x[i] = std::copysign(cap * ((1.0f - e) / (1.0f + e)), x[i]);
+  }
+}
+
 inline void add_row(const float* x, int64_t count, float scale, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += x[i] * scale;
 }

@@ -410,6 +410,7 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   kernels.sum = sum_of;
   kernels.quantize = quantize_row;
   kernels.softmax = softmax_row;
+  kernels.cap = cap_row;
   kernels.add = add_row;
   kernels.write = write_row;
   kernels.read_memory = read_memory<V>;

@@ -108,6 +108,8 @@ def test_smoothquant_saves_what_naive_int8_loses(name: str, tmp_path: Path) -> N
         quantize(planted, tmp_path / activations, activations=activations, calibration=calibration, target="here")
         found[activations] = score(tmp_path / activations)
     print(f"{name}: float {full:.3f}, naive {naive:.3f}, SmoothQuant {found}")  # noqa: T201
+    both = load(tmp_path / "static", dtype=torch.float32, attention="int8")
+    found["static, and attention"] = perplexity(both, trained.held_out, seq_len, seq_len).perplexity
     assert naive > 2 * full
     assert all(abs(value / full - 1) < 0.01 for value in found.values()), found
 

@@ -30,7 +30,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(
         "calibrate": (model, tmp_path / "statistics.safetensors", *calibration),
         "verify": (out, "--against", model, "--json"),
         "eval": (out, "--text", text_file, "--seq-len", "64", "--dtype", "float32", "--json"),
-        "generate": (out, "--prompt", "12 times", "--max-new-tokens", "4", "--dtype", "float32", "--json"),
+        "generate": (out, "--prompt", "12 times", "--max-new-tokens", "4", "--dtype", "float32", "--attention", "int8", "--json"),
     }
     found = {}
     for command, arguments in runs.items():

@@ -26,7 +26,10 @@ LEVELS = [
 ]
 # Heavy or optional packages, and the only files that may import them.
 ONLY_IN = {
-    "transformers": {"models/blocks.py", "runtime/unquantized.py", "runtime/load.py", "text.py", "evaluation/benchmark_model.py"},
+    "transformers": {
+        *("models/blocks.py", "runtime/attention.py", "runtime/unquantized.py", "runtime/load.py", "text.py"),
+        "evaluation/benchmark_model.py",
+    },
     "accelerate": {"models/blocks.py"},
     "compressed_tensors": {"models/checkpoint.py"},
     "datasets": {"text.py"},

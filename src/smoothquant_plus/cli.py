@@ -63,7 +63,8 @@ Arithmetic = Annotated[
     str | None, typer.Option(help="w4a8: activations of w4a16 layers in 8 bits per token too; faster, less accurate. Default: as they are.")
 ]
 Attention = Annotated[
-    str | None, typer.Option(help="int8: both products of attention, and the cache of keys and values, in 8 bits. Default: as in transformers.")
+    str | None,
+    typer.Option(help="int8: both products of attention, and the cache of keys and values, in 8 bits. Default: as in transformers."),
 ]
 
 out = Console(highlight=False, soft_wrap=True)

@@ -33,7 +33,7 @@ from smoothquant_plus.runtime.load import load
 
 ROW = {"scheme", "backend", "m", "n", "k", "threads", "microseconds", "ratio_to_bf16", "gb_per_s", "fraction_of_limit"}
 MODEL_ROW = {
-    *("model", "scheme", "backend", "prefill_tokens_per_second", "time_to_first_token_s", "decode_tokens_per_second"),
+    *("model", "scheme", "backend", "attention", "prefill_tokens_per_second", "time_to_first_token_s", "decode_tokens_per_second"),
     *("peak_memory_bytes", "prefill_ratio", "decode_ratio"),
 }
 
@@ -313,16 +313,31 @@ def test_limits_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_as_a_user_runs_it(tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, out, file = tiny("llama"), tmp_path / "out", tmp_path / "model.json"
     quantize(model, out, smooth="none")
-    options = ["--prompt-tokens", "8", "--new-tokens", "3", "--batch", "2", "--backend", "torch", "--json", str(file)]
+    options = [
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "3",
+        "--batch",
+        "2",
+        "--backend",
+        "torch",
+        "--attention",
+        "int8",
+        "--json",
+        str(file),
+    ]
     app(["bench", "model", str(model), str(out), *options], standalone_mode=False)
     printed = capfd.readouterr().out
     found = json.loads(file.read_text())
     assert (found["prompt_tokens"], found["new_tokens"], found["batch"]) == (8, 3, 2)
-    first, second = found["rows"]
+    assert [(row["model"], row["attention"]) for row in found["rows"]] == [(str(one), how) for one in (model, out) for how in ("", "int8")]
+    first, with_integers, second, _ = found["rows"]
+    assert (with_integers["scheme"], with_integers["backend"]) == ("float16", "")
     assert set(first) == set(second) == MODEL_ROW
     assert (first["scheme"], first["backend"], first["prefill_ratio"], first["decode_ratio"]) == ("float16", "", 1, 1)
     assert (second["model"], second["scheme"], second["backend"]) == (str(out), "w8a8", "torch")
-    assert all(row[name] > 0 for row in (first, second) for name in MODEL_ROW - {"model", "scheme", "backend"})
+    assert all(row[name] > 0 for row in (first, second) for name in MODEL_ROW - {"model", "scheme", "backend", "attention"})
     assert first["prefill_tokens_per_second"] == pytest.approx(16 / first["time_to_first_token_s"])
     assert f"{out}: scheme w8a8; backend torch; prefill tokens/s " in printed
     assert not multiprocessing.active_children()
@@ -405,13 +420,13 @@ def test_a_process_hands_its_errors_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is the tests'
     ours, theirs = multiprocessing.Pipe()
     ours.send(([[1, 2]], 2))
-    benchmark_model.serve(theirs, tmp_path / "missing", 1, "cpu", None, False)
+    benchmark_model.serve(theirs, tmp_path / "missing", 1, "cpu", None, None, False)
     error = ours.recv()
     assert isinstance(error, InputError) and "no such model directory" in str(error)
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with benchmark_model._processes([tmp_path], [(1, "cpu", None, False)]) as ask:
+    with benchmark_model._processes([tmp_path], [(1, "cpu", None, None, False)]) as ask:
         multiprocessing.active_children()[0].kill()
         with pytest.raises(InputError, match=r"exit code -9.*measure fewer of them"):
             ask(0, torch.zeros(1, 1, dtype=torch.int64), 2)

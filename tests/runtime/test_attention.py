@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 import families
 from smoothquant_plus.errors import InputError
+from smoothquant_plus.pipeline import quantize
+from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime import attention as module
 from smoothquant_plus.runtime.attention import Int8Cache, Int8Layer
 from smoothquant_plus.runtime.kernels import cpu, reference
@@ -74,9 +78,9 @@ def kept(key: Tensor, value: Tensor, *parts: int) -> Int8Layer:
     return layer
 
 
-def ours(query: Tensor, layer: Int8Layer, scaling: float, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+def ours(query: Tensor, layer: Int8Layer, scaling: float, **how: Any) -> Tensor:
     assert layer.pages is not None
-    return cpu.attention(query, layer.pages, layer.length, layer.channels, scaling, causal, mask)
+    return cpu.attention(query, layer.pages, layer.length, layer.channels, scaling=scaling, **how)
 
 
 def close(got: Tensor, right: Tensor, value: Tensor) -> None:
@@ -96,10 +100,11 @@ def test_it_is_the_reference(shape: tuple[int, ...], level: str) -> None:
     for dtype in DTYPES:
         query, key, value = random(shape, dtype)
         layer = kept(key, value)
-        for causal, mask in ((False, None), (True, None), (False, seen), (True, bias), (False, bias)):
+        for causal, mask, softcap in ((False, None, 0.0), (True, None, 5.0), (False, seen, 0.0), (True, bias, 0.0), (False, bias, 20.0)):
             mask = None if mask is None else mask.expand(batch, heads, tokens, positions)
-            right = reference.attention(query, key, value, scaling=0.3, causal=causal, mask=mask)
-            close(ours(query, layer, 0.3, causal, mask), right, value if value.numel() else torch.ones(1))
+            how = {"scaling": 0.3, "softcap": softcap, "causal": causal, "mask": mask}
+            right = reference.attention(query, key, value, **how)
+            close(ours(query, layer, **how), right, value if value.numel() else torch.ones(1))
 
 
 def test_it_is_nearly_attention_in_float32(level: str) -> None:
@@ -181,7 +186,7 @@ def test_the_ops_refuse_what_does_not_fit() -> None:
         with pytest.raises(RuntimeError, match="the mask does not fit"):
             ours(query, layer, 0.2, mask=mask)
     with pytest.raises(RuntimeError, match="the cache does not fit"):
-        cpu.attention(query, layer.pages, 129, 16, 0.2, False, None)
+        cpu.attention(query, layer.pages, 129, 16, scaling=0.2)
     with pytest.raises(RuntimeError, match="the cache does not fit"):
         cpu.cache_append(layer.pages, key, value, 59)
 
@@ -190,5 +195,105 @@ def test_ops_as_torch_wants_them() -> None:
     query, key, value = random((1, 4, 2, 3, 70, 16, 16))
     layer = kept(key, value)
     assert layer.pages is not None
-    torch.library.opcheck(OPS.cpu_attention.default, (query, layer.pages, 70, 16, 0.25, True, None))
+    torch.library.opcheck(OPS.cpu_attention.default, (query, layer.pages, 70, 16, 0.25, 0.0, True, None))
     torch.library.opcheck(OPS.cpu_cache_append.default, (layer.pages.clone(), key, value, 5))
+
+
+# transformers' models of these compute attention in their own code.
+OWN_CODE = ("bloom", "falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")
+IDS = families.make_tokenizer()(families.TEXT[:60], return_tensors="pt")["input_ids"]
+
+
+@pytest.mark.parametrize("name", families.TINY)
+@torch.no_grad()
+def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[..., Path]) -> None:
+    """At once and token by token, with a cache in 8 bits and without one; or it is refused before a weight is read."""
+    if name in OWN_CODE:
+        with pytest.raises(InputError, match=f"of '{name.split('-')[0]}' in its own code"):
+            load(tiny(name), attention="int8")
+        return
+    floats, model = load(tiny(name), dtype=torch.float32), load(tiny(name), dtype=torch.float32, attention="int8")
+    right, at_once = floats(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
+    assert 0 < (at_once - right).norm() / right.norm() < 0.05
+    called = module.cache_argument(model)
+    output = model(IDS[:, :40])
+    cache, steps = output[called], []
+    for index in range(40, IDS.shape[1]):
+        output = model(IDS[:, index : index + 1], **{called: cache})
+        steps.append(output.logits)
+    # Float32 products of many tokens and of one are summed in another order: a few integers are rounded otherwise.
+    torch.testing.assert_close(torch.cat(steps, dim=1), at_once[:, 40:], rtol=0, atol=0.02 * at_once.abs().max().item())
+    if not name.startswith("deepseek"):  # which keep what keys are made from
+        assert isinstance(cache, Int8Cache) and cache.get_seq_length() == IDS.shape[1]
+        assert all(isinstance(layer, Int8Layer) and layer.pages is not None and layer.pages.dtype == torch.uint8 for layer in cache.layers)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Callable[..., Path]) -> Any:
+    return load(tiny("llama"), dtype=torch.float32, attention="int8")
+
+
+def test_generate(llama: Any) -> None:
+    """Padded batches as single prompts; beams, whose caches are exchanged, as without a cache; drafts that are taken back as without any."""
+    how = {"max_new_tokens": 8, "do_sample": False}
+    single = llama.generate(IDS[:, 4:12], **how)[0, 8:]
+    padded = torch.cat([IDS[:, :12], torch.nn.functional.pad(IDS[:, 4:12], (4, 0), value=256)])
+    mask = torch.ones_like(padded)
+    mask[1, :4] = 0
+    assert torch.equal(llama.generate(padded, attention_mask=mask, **how)[1, 12:], single)
+    beams, without = (llama.generate(IDS[:, :12], num_beams=3, use_cache=use_cache, **how) for use_cache in (True, False))
+    assert torch.equal(beams, without)
+    drafted = llama.generate(IDS[:, :40], prompt_lookup_num_tokens=3, **how)
+    assert torch.equal(drafted, llama.generate(IDS[:, :40], **how))
+
+
+def test_every_product_of_a_quantized_model_is_of_integers(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    quantize(tiny("llama"), tmp_path / "out", activations="static", lm_head="w8a8", calibration=calibration)
+    floats, model = (load(tmp_path / "out", dtype=torch.bfloat16, attention=how) for how in (None, "int8"))
+    with torch.no_grad():
+        right, got = floats(IDS, use_cache=False).logits.float(), model(IDS).logits.float()
+    assert (got - right).norm() / right.norm() < 0.05
+
+
+def test_what_a_cache_keeps() -> None:
+    """A little more than a byte a number; what was cropped is written over."""
+    query, key, value = random((2, 4, 2, 1, 200, 64, 64))
+    layer = kept(key, value)
+    numbers = 2 * 2 * layer.pages.shape[0] * 64 * (64 + 64)  # type: ignore[union-attr]
+    assert layer.pages is not None and numbers < layer.pages.nbytes < 1.07 * numbers and layer.pages.shape[0] == 4
+    right = ours(query, layer, 0.2)
+    layer.update(key[:, :, :30], value[:, :, :30])
+    assert layer.get_seq_length() == 230
+    layer.crop(-30)
+    layer.crop(0)
+    assert torch.equal(ours(query, layer, 0.2), right)
+    layer.crop(150)
+    layer.update(key[:, :, 150:], value[:, :, 150:])
+    assert torch.equal(ours(query, layer, 0.2), right)
+    layer.reorder_cache(torch.tensor([1, 0, 1]))
+    assert torch.equal(ours(query[[1, 0, 1]], layer, 0.2), right[[1, 0, 1]])
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(ours(query[[1, 1, 0, 0, 1, 1]], layer, 0.2), right[[1, 1, 0, 0, 1, 1]])
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.pages is None
+
+
+def test_what_cannot_be_used_is_refused(llama: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"unknown attention 'int9'.*Did you mean 'int8'"):
+        load(tiny("llama"), attention="int9")
+    called = module.cache_argument(llama)
+    filled = DynamicCache(config=llama.config)
+    filled.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+    for cache in (filled, StaticCache(config=llama.config, max_cache_len=8)):
+        with pytest.raises(InputError, match=f"leave {type(cache).__name__} out"):
+            llama(IDS, **{called: cache})
+    one = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(InputError, match="does not compute sinks"):
+        module.attention(torch.nn.Identity(), one, one, one, None, s_aux=one)
+    with pytest.raises(InputError, match="does not compute dropout"):
+        module.attention(torch.nn.Identity(), one, one, one, None, dropout=0.1)
+    with pytest.raises(InputError, match="runs on the CPU, not on 'cuda'"):
+        module.check_attention(llama, "int8", "cuda")
+    monkeypatch.setattr(cpu, "missing", lambda: "they were not built")
+    with pytest.raises(InputError, match="needs the CPU kernels of smoothquant-plus: they were not built"):
+        load(tiny("llama"), attention="int8")

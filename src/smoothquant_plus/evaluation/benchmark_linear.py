@@ -55,8 +55,8 @@ PEERS = CPU_PEERS | GPU_PEERS
 class Row:
     """One candidate on x bfloat16 (m, k) and a weight (n, k), with so many `threads` of a CPU: the median time of a call.
 
-    `ratio_to_bf16` is how many times faster than torch's bfloat16 product with as many threads it is, `gb_per_s` the bytes of the weight and its scales (as
-    they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
+    `ratio_to_bf16` is how many times faster than torch's bfloat16 product with as many threads it is, `gb_per_s` the bytes of the weight and its
+    scales (as they are stored, however a library spreads them out) over the time, and `fraction_of_limit` the shortest time that this machine could
     need (reading those bytes, or doing the operations, whichever takes longer) over the time. A CPU's limits are measured in turns with the
     candidates, and their medians count, since its clock varies; of a GPU's, measured before each shape, the best of the run count.
     """
@@ -170,7 +170,9 @@ def bench_linear(
 def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
     m, n, k = size
     limit = limits.seconds(candidate.arithmetic, nbytes, 2 * m * n * k)
-    return Row(candidate.scheme, candidate.name, m, n, k, candidate.threads, seconds * 1e6, bf16 / seconds, nbytes / seconds / 1e9, limit / seconds)
+    return Row(
+        candidate.scheme, candidate.name, m, n, k, candidate.threads, seconds * 1e6, bf16 / seconds, nbytes / seconds / 1e9, limit / seconds
+    )
 
 
 def read_shape(text: str, schemes: Sequence[Scheme]) -> tuple[int, int]:
@@ -284,7 +286,8 @@ def time_products(
             failed[candidate] = reason_of(error)
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in samples}
     limits: dict[int, list[Limits]] = {candidate.threads: [] for candidate in samples}
-    for turn in turns((*limits, *samples), ROUNDS, SECONDS[x.device.type]):
+    everyone: list[int | Candidate] = [*limits, *samples]
+    for turn in turns(everyone, ROUNDS, SECONDS[x.device.type]):
         if isinstance(turn, int):
             with threads(turn):
                 limits[turn].append(limits_now(turn))
@@ -313,7 +316,9 @@ def tables(found: LinearBenchmark) -> Iterator[Table]:
             for backend in backends:
                 name = f"{scheme} --backend {backend}" if backend in BACKENDS else backend if scheme == "bf16" else f"{scheme} {backend}"
                 for count in counts:
-                    rows = [(cells.get((n, k, scheme, backend, count, m)), cells.get((n, k, scheme, backend, counts[0], m))) for m in batches]
+                    rows = [
+                        (cells.get((n, k, scheme, backend, count, m)), cells.get((n, k, scheme, backend, counts[0], m))) for m in batches
+                    ]
                     lines.append([name + of_threads(count, counts), *(cell(row, first) for row, first in rows)])
             # The limit of the arithmetic that the scheme is defined in, which is the first one's.
             for count in counts:

@@ -45,10 +45,11 @@ ROUNDS, SECONDS = 5, 60.0
 class Row:
     """One model: medians over the rounds, and ratios to the first model.
 
-    `scheme` is the float type of a model that is not quantized, whose `backend` is empty; `attention` is 'int8', or empty for transformers' own. `prefill_tokens_per_second` counts the tokens of
-    all prompts of the batch over `time_to_first_token_s`: one forward pass over the prompts, which fills the cache, and the choice of
-    a token. `decode_tokens_per_second` counts those after the first. `peak_memory_bytes` is the peak resident size of a process that
-    loads and runs this model alone, Python and the libraries included; on CUDA the peak that torch allocated there.
+    `scheme` is the float type of a model that is not quantized, whose `backend` is empty; `attention` is 'int8', or empty where none was asked
+    for. `prefill_tokens_per_second` counts the tokens of all prompts of the batch over `time_to_first_token_s`: one forward pass over the
+    prompts, which fills the cache, and the choice of a token. `decode_tokens_per_second` counts those after the first. `peak_memory_bytes` is
+    the peak resident size of a process that loads and runs this model alone, Python and the libraries included; on CUDA the peak that torch
+    allocated there.
     """
 
     model: str
@@ -100,7 +101,8 @@ def bench_model(
     Each model is loaded in a process of its own, so that its memory is its own, and all of them stay loaded: they take turns, round by
     round, and nothing but the one whose turn it is computes. `backend` is for those that are quantized. On CUDA all of them run as CUDA
     graphs, unless `eager`. With `attention` each is also run with attention so computed (`load`), right after itself. Raises InputError before
-    anything is loaded for a directory, a backend, a device or a length that cannot be used, for a model that cannot be captured in a graph, and when a process ends, such as for want of memory.
+    anything is loaded for a directory, a backend, a device, an attention or a length that cannot be used, for a model that cannot be captured in
+    a graph, and when a process ends, such as for want of memory.
     """
     check_device(device)
     on_cuda = torch.device(device).type == "cuda"
@@ -109,7 +111,7 @@ def bench_model(
     graphs = on_cuda and not eager
     vocabulary, schemes = _check(directories, prompt_tokens, new_tokens, backend, attention, device)
     ways = (None,) if attention is None else (None, attention)
-    directories, schemes = ([one for one in each for _ in ways] for each in (directories, schemes))
+    directories, schemes = [one for one in directories for _ in ways], [one for one in schemes for _ in ways]
     attentions = list(ways) * (len(directories) // len(ways))
     prompts = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     count = number_of_threads or torch.get_num_threads()

@@ -67,8 +67,8 @@ class Int8Layer(DynamicLayer):
         self._forget()
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens, or, where that is negative, all but so many of the last."""
-        self.length = max(0, min(self.length, max_length if max_length >= 0 else self.length + max_length))
+        """Keep the first `max_length` tokens, or, where that is not positive, all but so many of the last: transformers has had it both ways."""
+        self.length = max(0, min(self.length, max_length if max_length > 0 else self.length + max_length))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -99,14 +99,15 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(query @ key.T * scaling + mask) @ value, as transformers calls it: `query` (batch, heads, tokens, head_dim), `key` and `value` an
-    `Int8Layer` or (batch, KV heads, positions, head_dim), which are rounded then; the mask bool (true: seen) or added, (batch, 1, tokens, positions),
-    and `position_bias` added, (1, heads, tokens, positions); gives (batch, tokens, heads, head_dim). Raises InputError for what it does not compute."""
-    unknown = [name for name in ("softcap", "s_aux") if others.get(name) is not None]
-    if unknown or dropout:
-        raise InputError(f"attention in int8 does not compute {' and '.join(unknown) or 'dropout'}: load this model without it.")
+    """softmax(cap(query @ key.T * scaling) + mask) @ value, as transformers calls it: `query` (batch, heads, tokens, head_dim), `key` and `value`
+    an `Int8Layer` or (batch, KV heads, positions, head_dim), which are rounded then; the mask bool (true: seen) or added, (batch, 1, tokens,
+    positions), and `position_bias` added, (1, heads, tokens, positions); gives (batch, tokens, heads, head_dim). Raises InputError for what it
+    does not compute."""
+    if others.get("s_aux") is not None or dropout:
+        raise InputError(f"attention in int8 does not compute {'dropout' if dropout else 'sinks'}: load this model without it.")
     if isinstance(key, Int8Layer):
         layer = key
     else:
@@ -127,7 +128,8 @@ def attention(
     batch, heads, tokens, width = query.shape
     mask = None if attention_mask is None else attention_mask.expand(batch, heads, tokens, layer.length)
     scaling = width**-0.5 if scaling is None else scaling
-    return cpu.attention(query, layer.pages, layer.length, layer.channels, scaling, causal, mask), None
+    pages = (layer.pages, layer.length, layer.channels)
+    return cpu.attention(query, *pages, scaling=scaling, softcap=softcap or 0.0, causal=causal, mask=mask), None
 
 
 def check_attention(model: Any, asked: str, device: str) -> None:
@@ -139,18 +141,22 @@ def check_attention(model: Any, asked: str, device: str) -> None:
         raise InputError(f"attention in int8 runs on the CPU, not on '{device}'.")
     if (missing := cpu.missing()) is not None:
         raise InputError(f"attention in int8 needs the CPU kernels of smoothquant-plus: {missing}.")
-    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        raise InputError(f"attention in int8: transformers computes that of '{kind}' in its own code, which cannot be replaced. Load it without.")
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        raise InputError(f"attention in int8 does not compute the softcap of '{kind}': load it without.")
+    if not model._can_set_attn_implementation():
+        raise InputError(
+            f"attention in int8: transformers computes that of '{kind}' in its own code, which cannot be replaced. Load it without."
+        )
 
 
 def use_int8(model: Any) -> None:
-    """Let `model`, for which `check_attention` raises nothing, compute attention in INT8, with an `Int8Cache` wherever it makes a cache."""
+    """Let `model`, for which `check_attention` raises nothing, compute attention in INT8, with an `Int8Cache` wherever it makes a cache.
+
+    Multi-head latent attention (DeepSeek) keeps a cache of its own: of what keys and values are made from, which is far smaller than they are.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    model.register_forward_pre_hook(_with_cache, with_kwargs=True)
+    if getattr(model.config.get_text_config(), "kv_lora_rank", None) is None:
+        model.register_forward_pre_hook(_with_cache, with_kwargs=True)
 
 
 def cache_argument(model: Any) -> str:
@@ -162,7 +168,7 @@ def _with_cache(model: Any, inputs: tuple[Any, ...], options: dict[str, Any]) ->
     """An Int8Cache in place of none, where one is wanted, and of the empty one that `generate` makes."""
     name = next((name for name in ("past_key_values", "cache") if options.get(name) is not None), cache_argument(model))
     given, wanted = options.get(name), options.get("use_cache")
-    if isinstance(given, Int8Cache) or (given is None and not (model.config.use_cache if wanted is None else wanted)):
+    if isinstance(given, Int8Cache) or (given is None and not (model.config.get_text_config().use_cache if wanted is None else wanted)):
         return inputs, options
     if given is not None and (type(given) is not DynamicCache or given.get_seq_length()):
         raise InputError(f"attention in int8 has a cache of its own: leave {type(given).__name__} out, or give an empty DynamicCache.")

@@ -140,15 +140,25 @@ def cache_append(pages: Tensor, keys: Tensor, values: Tensor, at: int) -> None:
     torch.ops.smoothquant_plus.cpu_cache_append(pages, keys, values, at)
 
 
-def attention(query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, causal: bool, mask: Tensor | None) -> Tensor:
+def attention(
+    query: Tensor,
+    pages: Tensor,
+    length: int,
+    channels: int,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
     """`reference.attention` of `query` (batch, heads, tokens, channels of keys) with the first `length` tokens of `cache_pages`; `channels` are
     those of values. Gives (batch, tokens, heads, channels)."""
-    y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, pages, length, channels, scaling, causal, mask)
+    y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, pages, length, channels, scaling, softcap, causal, mask)
     return y
 
 
 def _fake_attention(
-    query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, causal: bool, mask: Tensor | None
+    query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, softcap: float, causal: bool, mask: Tensor | None
 ) -> Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, channels)

@@ -9,6 +9,8 @@ from torch import Tensor
 from smoothquant_plus.method.integers import QuantizedWeight, pack_int4, quantize_input, stands_for, unpack_int4
 from smoothquant_plus.method.scheme import Quant, Scheme
 
+PAGE = 64  # positions whose weights are rounded with one scale in attention
+
 
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
     return None if scheme.name in ("w8a8", "w4a16", "w4a8") else "it has no meaning for this scheme"
@@ -71,16 +73,16 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, causal: bool = False, mask: Tensor | None = None, page: int = 64
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, softcap: float = 0.0, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(query @ key.T * scaling + mask) @ value with both products in INT8.
+    """softmax(cap(query @ key.T * scaling) + mask) @ value with both products in INT8; cap(x) is softcap * tanh(x / softcap), or x if that is 0.
 
     query (batch, heads, tokens, channels), key (batch, KV heads, positions, channels), value (batch, KV heads, positions, channels of its own), in
     any float dtype; gives (batch, tokens, heads, channels of values) in the query's. `causal`: the last token is at the last position, and each sees
     the positions up to its own. `mask` bool (true: seen) or added, (batch, heads, tokens, positions).
 
     Queries, keys and values are rounded with a scale for each token and head. In the second product what is added up are positions, whose values have
-    scales of their own: softmax's weights are multiplied with them first, and are rounded then, with a scale for each `page` of positions. The sum
+    scales of their own: softmax's weights are multiplied with them first, and are rounded then, with a scale for each PAGE of positions. The sum
     that softmax divides by is that of the weights as they were.
     """
     per_token = Quant(bits=8, strategy="token", dynamic=True)
@@ -88,6 +90,8 @@ def attention(
     (q, q_scale), (k, k_scale), (v, v_scale) = (quantize_input(x.float(), per_token) for x in (query, key, value))
     k, k_scale, v, v_scale = (x.repeat_interleave(group, dim=1) for x in (k, k_scale, v, v_scale))  # (batch, heads, positions, ...)
     scores = (q.double() @ k.double().transpose(-1, -2)).float() * (q_scale * scaling) * k_scale.transpose(-1, -2)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     tokens, positions = scores.shape[-2:]
     if causal:
         scores = scores.masked_fill(~torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens), float("-inf"))
@@ -96,8 +100,8 @@ def attention(
     largest = scores.amax(dim=-1, keepdim=True)
     weights = (scores - largest.masked_fill(largest == float("-inf"), 0)).exp()
     y = scores.new_zeros(*scores.shape[:-1], value.shape[-1])
-    for start in range(0, positions, page):
-        here = slice(start, start + page)
+    for start in range(0, positions, PAGE):
+        here = slice(start, start + PAGE)
         integers, scale = quantize_input(weights[..., here] * v_scale[:, :, here].transpose(-1, -2), per_token)
         y += (integers.double() @ v[:, :, here].double()).float() * scale
     total = weights.sum(dim=-1, keepdim=True)
