@@ -32,7 +32,7 @@ bench: setup
 	$(BIN)/python tools/bench_accuracy.py
 	$(BIN)/python tools/bench_memory.py 1b --work .bench
 # The kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, and on one where functions stand for AVX-512.
-KERNEL_TESTS := tests/runtime/test_cpu.py tests/runtime/test_kernels.py
+KERNEL_TESTS := tests/runtime/test_cpu.py tests/runtime/test_kernels.py tests/runtime/test_attention.py
 sanitize: dev
 	$(call build_kernels,build/sanitize,-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -12,9 +12,12 @@ import importlib.util
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 
 def find_torch() -> Path | None:
@@ -24,6 +27,20 @@ def find_torch() -> Path | None:
         [Path(spec.origin).parent] if spec and spec.origin else [Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
     )
     return next((place for place in places if (place / "include").is_dir()), None)
+
+
+class BuildAtOnce(build_ext):
+    """As many files at a time as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        one_by_one = self.compiler.compile
+
+        def compile(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [made for each in pool.map(lambda source: one_by_one([source], **options), sources) for made in each]
+
+        self.compiler.compile = compile
+        super().build_extension(ext)
 
 
 flags = os.environ.get("SQPLUS_CXXFLAGS", "").split()
@@ -55,4 +72,4 @@ else:
         py_limited_api=True,  # it has no Python in it
         optional=not flags,
     )
-    setup(ext_modules=[kernels], options={"bdist_wheel": {"py_limited_api": "cp310"}})
+    setup(ext_modules=[kernels], cmdclass={"build_ext": BuildAtOnce}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -1,14 +1,16 @@
 // Attention whose two products are of 8-bit integers, on keys and values that are kept in 8 bits. To a product the keys are a weight with an output channel for each
 // token, the values one with an input channel for each: both are multiplied as W8A8's weights are (Kernels::w8).
 //
-// A cache is uint8 (pages, batch, KV heads, bytes). A page holds 64 tokens of a head: the keys as a panel, the values as panels of 64 channels, all with 128 added, and
-// the scales in float32, 64 of keys and 64 of values. Each token's keys and values have a scale of their own.
+// A cache is three tensors, whose pages hold 64 tokens of a head each: keys uint8 (batch, KV heads, pages, bytes), a page of which is a panel; values likewise, as panels
+// of 64 channels; and scales float32 (batch, KV heads, 2, pages * 64), of keys and of values, each token's its own. Both have 128 added. Pages of a head follow one
+// another, or memory could not be read ahead.
 //
 // Queries are rounded with a scale for each token and head. The weights that softmax gives are multiplied with the values' scales, which are not the same for all that is
 // added up, and rounded with a scale for each page. Softmax and all sums beyond a page are in float32.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -25,66 +27,82 @@ constexpr int64_t kTokens = kPanel, kValueSteps = kTokens / 4;
 // Rows of queries that go over the same pages together, and pages that are summed up before the next ones are. Results depend on the pages, not on the rows.
 constexpr int64_t kRows = 32, kSpan = 8;
 
-// What a page consists of.
-struct Layout {
-  int64_t key_steps, value_panels;
-  Layout(int64_t key_channels, int64_t value_channels) : key_steps(round_up(key_channels, 4) / 4), value_panels(round_up(value_channels, kPanel) / kPanel) {}
-  int64_t integers() const { return (key_steps + value_panels * kValueSteps) * kStep; }
-  int64_t bytes() const { return integers() + 2 * kTokens * sizeof(float); }
-  template <class T>
-  T* values(T* page, int64_t panel) const {
-    return page + (key_steps + panel * kValueSteps) * kStep;
-  }
-  const float* key_scales(const uint8_t* page) const { return reinterpret_cast<const float*>(page + integers()); }
-  const float* value_scales(const uint8_t* page) const { return key_scales(page) + kTokens; }
-};
-
 // Where one number is not finite all that it is multiplied with becomes NaN: of a score of -infinity softmax would leave no trace.
 float scale_for(float largest) { return largest <= std::numeric_limits<float>::max() ? scale_of(largest, nullptr) : std::numeric_limits<float>::quiet_NaN(); }
 
-void check(const Tensor& cache, const Layout& layout, int64_t batch, int64_t length) {
-  STD_TORCH_CHECK(cache.dim() == 4 && cache.scalar_type() == ScalarType::Byte && cache.is_contiguous() && cache.size(1) == batch && cache.size(3) == layout.bytes() &&
-                      length >= 0 && length <= cache.size(0) * kTokens,
-                  "the cache does not fit these tokens");
-}
+struct Cache {
+  uint8_t *all_keys, *all_values;
+  float* all_scales;
+  int64_t heads, pages, key_steps, value_panels;
+
+  Cache(const Tensor& keys, const Tensor& values, const Tensor& scales, int64_t batch, int64_t key_channels, int64_t value_channels, int64_t length)
+      : all_keys(static_cast<uint8_t*>(keys.data_ptr())), all_values(static_cast<uint8_t*>(values.data_ptr())), all_scales(static_cast<float*>(scales.data_ptr())),
+        heads(keys.dim() == 4 ? keys.size(1) : 0), pages(keys.dim() == 4 ? keys.size(2) : 0), key_steps(round_up(key_channels, 4) / 4),
+        value_panels(round_up(value_channels, kPanel) / kPanel) {
+    STD_TORCH_CHECK(keys.dim() == 4 && keys.scalar_type() == ScalarType::Byte && keys.is_contiguous() && keys.size(0) == batch && keys.size(3) == key_steps * kStep &&
+                        values.scalar_type() == ScalarType::Byte && values.is_contiguous() && values.numel() == batch * heads * pages * value_bytes() &&
+                        scales.scalar_type() == ScalarType::Float && scales.is_contiguous() && scales.numel() == batch * heads * pages * 2 * kTokens && length >= 0 &&
+                        length <= pages * kTokens,
+                    "the cache does not fit these tokens");
+  }
+  int64_t value_bytes() const { return value_panels * kValueSteps * kStep; }
+  // Of page p of a head, counted over the batch.
+  uint8_t* keys(int64_t head, int64_t p) const { return all_keys + (head * pages + p) * key_steps * kStep; }
+  uint8_t* values(int64_t head, int64_t p, int64_t panel) const { return all_values + (head * pages + p) * value_bytes() + panel * kValueSteps * kStep; }
+  float* key_scales(int64_t head, int64_t p) const { return all_scales + (head * 2 * pages + p) * kTokens; }
+  float* value_scales(int64_t head, int64_t p) const { return all_scales + ((head * 2 + 1) * pages + p) * kTokens; }
+};
 
 // Keys (batch, KV heads, tokens, channels) and values, in float, become the tokens of the cache from `at` on.
-void cpu_cache_append(const Tensor& cache, const Tensor& given_keys, const Tensor& given_values, int64_t at) {
+void cpu_cache_append(const Tensor& cached_keys, const Tensor& cached_values, const Tensor& scales, const Tensor& given_keys, const Tensor& given_values, int64_t at) {
   STD_TORCH_CHECK(given_keys.dim() == 4 && given_values.dim() == 4, "keys and values have four dimensions");
   const Tensor keys = torch::stable::contiguous(given_keys), values = torch::stable::contiguous(given_values);
   const Kernels& kernels = kernels_in_use();
   const int64_t heads = keys.size(1), tokens = keys.size(2), of_key = keys.size(3), of_value = values.size(3), all = keys.size(0) * heads;
-  const Layout layout(of_key, of_value);
-  check(cache, layout, keys.size(0), at + tokens);
-  STD_TORCH_CHECK(at >= 0 && cache.size(2) == heads && values.size(0) == keys.size(0) && values.size(1) == heads && values.size(2) == tokens, "keys and values do not fit");
-  uint8_t* pages = static_cast<uint8_t*>(cache.data_ptr());
-  parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
-    const auto row = room<float>(std::max(of_key, of_value));
-    const auto integers = room<int8_t>(round_up(std::max(of_key, of_value), 4));
-    const auto quantize = [&](const Tensor& from, int64_t index, int64_t count) {
-      const Type type = type_of(from);
+  const Cache cache(cached_keys, cached_values, scales, keys.size(0), of_key, of_value, at + tokens);
+  STD_TORCH_CHECK(at >= 0 && cache.heads == heads && values.size(0) == keys.size(0) && values.size(1) == heads && values.size(2) == tokens, "keys and values do not fit");
+  const Type key_type = type_of(keys), value_type = type_of(values);
+  if (tokens == 0) return;
+  const int64_t first_page = at / kTokens, pages = (at + tokens - 1) / kTokens - first_page + 1;
+  parallel_for(0, all * pages, 1, [&](int64_t begin, int64_t end) {
+    const int64_t longest = round_up(std::max(of_key, of_value), 4);
+    const auto row = room<float>(longest);
+    const auto integers = room<uint8_t>(4 * longest);  // of four tokens, 128 added
+    const auto quantize = [&](const Tensor& from, Type type, int64_t index, int64_t count, uint8_t* to) {
       kernels.read(type, static_cast<const char*>(from.data_ptr()) + index * count * size_of(type), count, row.get());
       const float largest = kernels.absolute_maximum(row.get(), count), scale = scale_for(largest);
-      kernels.quantize(row.get(), count, largest, scale, integers.get());
+      kernels.quantize(row.get(), count, largest, scale, reinterpret_cast<int8_t*>(to));
+      for (int64_t i = 0; i < count; ++i) to[i] ^= 0x80;  // as the bits of two's complement have it
       return scale;
     };
-    for (int64_t head = begin; head < end; ++head) {
-      for (int64_t token = 0; token < tokens; ++token) {
-        const int64_t place = (at + token) % kTokens;
-        uint8_t* page = pages + ((at + token) / kTokens * all + head) * layout.bytes();
-        float* scales = reinterpret_cast<float*>(page + layout.integers());
-        scales[place] = quantize(keys, head * tokens + token, of_key);
-        for (int64_t step = 0; step < layout.key_steps; ++step) {
-          uint32_t four;
-          std::memcpy(&four, integers.get() + step * 4, 4);  // past the last channel any bits: the query has zeros there
-          four ^= 0x80808080;  // 128 more, as the bits of two's complement have it
-          std::memcpy(page + step * kStep + place * 4, &four, 4);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / pages, p = first_page + item % pages;
+      const int64_t start = std::max(at - p * kTokens, int64_t{0}), stop = std::min(at + tokens - p * kTokens, kTokens);
+      const int64_t index = head * tokens + p * kTokens - at;  // of the page's first token among the given ones
+      for (int64_t place = start; place < stop; ++place) {
+        cache.key_scales(head, p)[place] = quantize(keys, key_type, index + place, of_key, integers.get());
+        // Past the last channel any bits: the query has zeros there.
+        uint8_t* to = cache.keys(head, p) + place * 4;
+        for (int64_t step = 0; step < cache.key_steps; ++step) std::memcpy(to + step * kStep, integers.get() + step * 4, 4);
+      }
+      for (int64_t place = start; place < stop;) {
+        const int64_t count = place % 4 == 0 && place + 4 <= stop ? 4 : 1;
+        for (int64_t t = 0; t < count; ++t) {
+          cache.value_scales(head, p)[place + t] = quantize(values, value_type, index + place + t, of_value, integers.get() + t * longest);
         }
-        scales[kTokens + place] = quantize(values, head * tokens + token, of_value);
         for (int64_t first = 0; first < of_value; first += kPanel) {
-          uint8_t* to = layout.values(page, first / kPanel) + place / 4 * kStep + place % 4;
-          for (int64_t i = 0; i < std::min<int64_t>(kPanel, of_value - first); ++i) to[i * 4] = static_cast<uint8_t>(integers[first + i] ^ 0x80);
+          const uint8_t* from = integers.get() + first;
+          uint8_t* to = cache.values(head, p, first / kPanel) + place / 4 * kStep + place % 4;
+          const int64_t channels = std::min<int64_t>(kPanel, of_value - first);
+          if (count == 4) {
+            for (int64_t i = 0; i < channels; ++i) {
+              for (int64_t t = 0; t < 4; ++t) to[i * 4 + t] = from[t * longest + i];
+            }
+          } else {
+            for (int64_t i = 0; i < channels; ++i) to[i * 4] = from[i];
+          }
         }
+        place += count;
       }
     }
   });
@@ -147,11 +165,10 @@ struct Mask {
 
 struct Attention {
   const Kernels& kernels;
-  Layout layout;
+  Cache cache;
   const Tensor& query;  // (batch, heads, tokens, channels)
   int64_t heads, group, tokens, channels;  // group: heads that share one of the cache
-  const uint8_t* cache;
-  int64_t cache_heads, cache_stride, length;  // from a page to the next one of the same head
+  int64_t length;
   float scaling, softcap;
   bool causal;
   std::optional<Mask> mask;
@@ -164,10 +181,9 @@ struct Attention {
   // How many of the cache's tokens come no later than token t of the query, whose last one is the cache's last.
   int64_t seen_by(int64_t t) const { return causal ? length - tokens + t + 1 : length; }
   int64_t pages_of(const Task& task) const { return std::max<int64_t>(0, (seen_by(task.first + task.tokens - 1) + kTokens - 1) / kTokens); }
-  const uint8_t* page(const Task& task, int64_t index) const { return cache + index * cache_stride + (task.batch * cache_heads + task.head) * layout.bytes(); }
 
   Integers queries(const Task& task) const {
-    const int64_t count = query.size(3), steps = layout.key_steps;
+    const int64_t count = query.size(3), steps = cache.key_steps;
     const Type type = type_of(query);
     Integers made(kernels, task.tokens * group, steps);
     std::vector<float> row(steps * 4);
@@ -179,33 +195,54 @@ struct Attention {
     return made;
   }
 
+  int64_t in_mask(const Task& task, int64_t r) const {
+    return task.batch * mask->batch + (task.head * group + r % group) * mask->head + (task.first + r / group) * mask->token;
+  }
+
+  // Whether any row sees any token of page p.
+  bool is_seen(const Task& task, int64_t p) const {
+    if (!mask || !mask->seen) return true;
+    const int64_t count = std::min(kTokens, length - p * kTokens);
+    for (int64_t r = 0; r < task.tokens * group; ++r) {
+      const char* visible = mask->data + in_mask(task, r) + p * kTokens;
+      if (std::any_of(visible, visible + count, [](char each) { return each != 0; })) return true;
+    }
+    return false;
+  }
+
   // What row r's scores of the tokens from `start` on become by the mask; those that are not seen become -infinity.
   void hide(const Task& task, int64_t r, int64_t start, int64_t count, float* scores) const {
     const int64_t seen = std::clamp<int64_t>(seen_by(task.first + r / group) - start, 0, count);
     std::fill(scores + seen, scores + count, -std::numeric_limits<float>::infinity());
     if (!mask) return;
-    const int64_t index = task.batch * mask->batch + (task.head * group + r % group) * mask->head + (task.first + r / group) * mask->token + start;
     if (mask->seen) {
-      const bool* visible = reinterpret_cast<const bool*>(mask->data) + index;
+      const char* visible = mask->data + in_mask(task, r) + start;
       for (int64_t i = 0; i < seen; ++i) scores[i] = visible[i] ? scores[i] : -std::numeric_limits<float>::infinity();
     } else {
-      const float* bias = reinterpret_cast<const float*>(mask->data) + index;
+      const float* bias = reinterpret_cast<const float*>(mask->data) + in_mask(task, r) + start;
       for (int64_t i = 0; i < seen; ++i) scores[i] += bias[i];
     }
   }
 
   Part part_of(const Task& task, const Integers& own, const std::vector<Block>& blocks, int64_t from, int64_t to) const {
-    const int64_t rows = own.rows, stride = (to - from) * kTokens;
-    Part made(rows, layout.value_panels * kPanel);
+    const int64_t rows = own.rows, stride = (to - from) * kTokens, head = task.batch * cache.heads + task.head;
+    Part made(rows, cache.value_panels * kPanel);
     const auto scores = room<float>(rows * stride);
     const auto sums = room<int32_t>(rows * kPanel);
     const float* const products = reinterpret_cast<const float*>(sums.get());
+    std::vector<int64_t> seen;
     for (int64_t p = from; p < to; ++p) {
-      const uint8_t* const here = page(task, p);
-      own.multiply(blocks, here, sums.get());
+      if (is_seen(task, p)) {
+        seen.push_back(p);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) std::fill_n(scores.get() + r * stride + (p - from) * kTokens, kTokens, 0.0f);  // until they are hidden
+      }
+    }
+    for (const int64_t p : seen) {
+      own.multiply(blocks, cache.keys(head, p), sums.get());
       for (int64_t r = 0; r < rows; ++r) {
         float* row = scores.get() + r * stride + (p - from) * kTokens;
-        kernels.write(Type::kFloat, products + r * kPanel, kTokens, own.scales[r] * scaling, layout.key_scales(here), nullptr, row);
+        kernels.write(Type::kFloat, products + r * kPanel, kTokens, own.scales[r] * scaling, cache.key_scales(head, p), nullptr, row);
       }
     }
     if (softcap > 0.0f) kernels.cap(scores.get(), rows * stride, softcap);
@@ -214,17 +251,17 @@ struct Attention {
       made.sums[r] = kernels.softmax(scores.get() + r * stride, stride, &made.largest[r]);
     }
     Integers weights(kernels, rows, kValueSteps);
-    for (int64_t p = from; p < to; ++p) {
-      const uint8_t* const here = page(task, p);
+    for (const int64_t p : seen) {
       for (int64_t r = 0; r < rows; ++r) {
-        // What no token was written to holds any bits.
-        const int64_t seen = std::clamp<int64_t>(seen_by(task.first + r / group) - p * kTokens, 0, kTokens);
-        float row[kTokens] = {};
-        kernels.write(Type::kFloat, scores.get() + r * stride + (p - from) * kTokens, seen, 1.0f, layout.value_scales(here), nullptr, row);
+        const float* own_weights = scores.get() + r * stride + (p - from) * kTokens;
+        float row[kTokens];
+        kernels.write(Type::kFloat, own_weights, kTokens, 1.0f, cache.value_scales(head, p), nullptr, row);
+        // What is not seen must leave no trace, whatever its value is; where no token was written to, scales are any bits.
+        for (int64_t i = 0; i < kTokens; ++i) row[i] = own_weights[i] == 0.0f ? 0.0f : row[i];
         weights.set(r, row);
       }
-      for (int64_t panel = 0; panel < layout.value_panels; ++panel) {
-        weights.multiply(blocks, layout.values(here, panel), sums.get());
+      for (int64_t panel = 0; panel < cache.value_panels; ++panel) {
+        weights.multiply(blocks, cache.values(head, p, panel), sums.get());
         for (int64_t r = 0; r < rows; ++r) kernels.add(products + r * kPanel, kPanel, weights.scales[r], made.y.data() + r * made.width + panel * kPanel);
       }
     }
@@ -245,7 +282,7 @@ struct Attention {
     const int64_t at_once = std::max<int64_t>(1, kRows / group);
     std::vector<Task> tasks;
     for (int64_t batch = 0; batch < query.size(0); ++batch) {
-      for (int64_t head = 0; head < cache_heads; ++head) {
+      for (int64_t head = 0; head < cache.heads; ++head) {
         for (int64_t first = 0; first < tokens; first += at_once) tasks.push_back({batch, head, first, std::min(at_once, tokens - first)});
       }
     }
@@ -256,10 +293,13 @@ struct Attention {
     };
     // Few tasks are divided by spans, whose parts wait for each other; they are added in the same order in both cases.
     if (count >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) || spans <= 1) {
-      parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+      // The later a query's tokens, the more they see: the longest tasks first, whichever thread is free.
+      std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.first > b.first; });
+      std::atomic<int64_t> next = 0;
+      parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+        for (int64_t i = next++; i < count; i = next++) {
           const Integers own = queries(tasks[i]);
-          Part all(own.rows, layout.value_panels * kPanel);
+          Part all(own.rows, cache.value_panels * kPanel);
           for (int64_t s = 0; s * kSpan < pages_of(tasks[i]); ++s) all.add(span(tasks[i], own, s));
           write(tasks[i], all, y);
         }
@@ -274,7 +314,7 @@ struct Attention {
       }
     });
     for (int64_t i = 0; i < count; ++i) {
-      Part all(tasks[i].tokens * group, layout.value_panels * kPanel);
+      Part all(tasks[i].tokens * group, cache.value_panels * kPanel);
       for (int64_t s = 0; s < spans; ++s) {
         if (parts[i * spans + s]) all.add(*parts[i * spans + s]);
       }
@@ -286,15 +326,13 @@ struct Attention {
 // softmax(cap(query @ keys.T * scaling) + mask) @ values with the first `length` tokens of the cache: query (batch, heads, tokens, channels of keys) in float -> (batch,
 // tokens, heads, `channels` of values) in the same. `causal`: the query's last token is the cache's last, and each sees those up to itself. `mask` bool (true: seen)
 // or float32 (added), (batch, heads, tokens, length) expanded from whatever it is the same for. cap(x) is softcap * tanh(x / softcap), or x where softcap is 0.
-Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, int64_t channels, double scaling, double softcap, bool causal,
+Tensor cpu_attention(const Tensor& given, const Tensor& keys, const Tensor& values, const Tensor& scales, int64_t length, int64_t channels, double scaling, double softcap, bool causal,
                      const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(given.dim() == 4, "queries have four dimensions");
   const Tensor query = torch::stable::contiguous(given);
   const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2);
-  const Layout layout(query.size(3), channels);
-  check(cache, layout, batch, length);
-  const int64_t cache_heads = cache.size(2);
-  STD_TORCH_CHECK(cache_heads > 0 && heads % cache_heads == 0, "the cache's heads do not divide the query's");
+  const Cache cache(keys, values, scales, batch, query.size(3), channels, length);
+  STD_TORCH_CHECK(cache.heads > 0 && heads % cache.heads == 0, "the cache's heads do not divide the query's");
   std::optional<Mask> seen;
   if (mask) {
     const bool fits = mask->dim() == 4 && mask->size(0) == batch && mask->size(1) == heads && mask->size(2) == tokens && mask->size(3) == length &&
@@ -304,9 +342,8 @@ Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, i
   }
   Tensor y = torch::stable::new_empty(query, {batch, tokens, heads, channels});
   if (batch * heads * tokens * channels == 0) return y;
-  const Attention attention{kernels_in_use(), layout, query, heads, heads / cache_heads, tokens, channels, static_cast<const uint8_t*>(cache.data_ptr()),
-                            cache_heads, batch * cache_heads * layout.bytes(), length, static_cast<float>(scaling),
-                            static_cast<float>(softcap), causal, seen};
+  const Attention attention{kernels_in_use(), cache, query, heads, heads / cache.heads, tokens, channels, length, static_cast<float>(scaling), static_cast<float>(softcap),
+                            causal, seen};
   attention.run(y);
   return y;
 }
@@ -315,8 +352,8 @@ Tensor cpu_attention(const Tensor& given, const Tensor& cache, int64_t length, i
 }  // namespace sqplus
 
 STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
-  m.def("cpu_cache_append(Tensor(a!) cache, Tensor keys, Tensor values, int at) -> ()");
-  m.def("cpu_attention(Tensor query, Tensor cache, int length, int channels, float scaling, float softcap, bool causal, Tensor? mask) -> Tensor");
+  m.def("cpu_cache_append(Tensor(a!) cached_keys, Tensor(b!) cached_values, Tensor(c!) scales, Tensor keys, Tensor values, SymInt at) -> ()");
+  m.def("cpu_attention(Tensor query, Tensor keys, Tensor values, Tensor scales, SymInt length, int channels, float scaling, float softcap, bool causal, Tensor? mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CPU, m) {

@@ -78,6 +78,14 @@ Tensor pages(const Tensor& like, int64_t bytes, ScalarType type) {
   return made;
 }
 
+// Lets memory of some MB that was never touched be in pages of 2 MB, as `pages` does, but for what is before the first whole one.
+void cpu_huge_pages(const Tensor& memory) {
+  const int64_t bytes = memory.numel() * memory.element_size(), before = -reinterpret_cast<intptr_t>(memory.data_ptr()) & (kPage - 1);
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= 2 * kPage) madvise(static_cast<char*>(memory.data_ptr()) + before, (bytes - before) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
+
 // Zeros for a weight. Small ones are given parts of the same pages, which are freed with the last of them.
 Tensor zeros_for_weight(const Tensor& like, int64_t count, ScalarType type) {
   const int64_t size = type == ScalarType::Int ? 4 : 1, bytes = count * size;
@@ -490,6 +498,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(smoothquant_plus, m) {
   m.def("cpu_level(int level) -> int");
   m.def("cpu_read(Tensor tensor) -> int");
   m.def("cpu_peak(str what, int iterations) -> int");
+  m.def("cpu_huge_pages(Tensor memory) -> ()");
   m.def("cpu_pack_w8(Tensor weight) -> Tensor");
   m.def("cpu_pack_w4(Tensor weight) -> Tensor");
   m.def("cpu_pack_bfloat16(Tensor weight) -> Tensor");
@@ -506,6 +515,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_plus, CPU, m) {
   m.impl("cpu_read", TORCH_BOX(&sqplus::cpu_read));
+  m.impl("cpu_huge_pages", TORCH_BOX(&sqplus::cpu_huge_pages));
   m.impl("cpu_pack_w8", TORCH_BOX(&sqplus::cpu_pack_w8));
   m.impl("cpu_pack_w4", TORCH_BOX(&sqplus::cpu_pack_w4));
   m.impl("cpu_pack_bfloat16", TORCH_BOX(&sqplus::cpu_pack_bfloat16));

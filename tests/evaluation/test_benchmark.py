@@ -61,7 +61,7 @@ def test_linear_as_a_user_runs_it(quick: None, tmp_path: Path, capfd: pytest.Cap
     # Whatever there is was timed or is named with the reason, and nothing that was timed multiplies something else.
     everything = {(peer.scheme, name) for name, peer in CPU_PEERS.items()}
     everything |= {(scheme, name) for scheme in ("w8a8", "w4a16", "w4a8") for name in backends(torch.device("cpu")) if name != "reference"}
-    everything.add(("bf16", "cpu"))
+    everything.add(("bf16", "cpu, of heads"))
     timed = {(row["scheme"], row["backend"]) for row in rows}
     assert timed | {(one["scheme"], one["backend"]) for one in left_out} == everything
     assert {("bf16", BF16), ("w8a8", "torch"), ("w4a16", "torch"), ("w8a8", "torch _int_mm")} <= timed
@@ -118,7 +118,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     }
     monkeypatch.setattr(benchmark_linear, "PEERS", peers)
     found = bench_linear("w8a8", ["64x128"], "2")
-    assert {row.backend for row in found.rows} == {BF16, "cpu", "torch"}
+    assert {row.backend for row in found.rows} - {"cpu, of heads"} == {BF16, "cpu", "torch"}
     reasons = {one.backend: one.reason for one in found.left_out if one.scheme != "bf16"}
     assert reasons.pop("refuses")
     expected = {
@@ -129,7 +129,7 @@ def test_what_fails_or_is_wrong_is_not_timed_but_named(quick: None, monkeypatch:
     assert reasons == expected
     lines = list(remarks(found))
     assert "not installed: no_such_package" in lines and "not timed: w8a8 broken: no such instruction" in lines
-    assert [line[0] for line in next(tables(found)).lines if line[0] != "bf16 --backend cpu"] == [
+    assert [line[0] for line in next(tables(found)).lines if line[0] != "cpu, of heads"] == [
         BF16,
         "bf16 limit",
         "w8a8 --backend cpu",

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, GptOssConfig, Lfm2Config, StaticCache
 
 import families
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime import attention as module
-from smoothquant_plus.runtime.attention import Int8Cache, Int8Layer
+from smoothquant_plus.runtime.attention import Int8Layer
 from smoothquant_plus.runtime.kernels import cpu, reference
 from smoothquant_plus.runtime.load import load
 
@@ -79,8 +79,8 @@ def kept(key: Tensor, value: Tensor, *parts: int) -> Int8Layer:
 
 
 def ours(query: Tensor, layer: Int8Layer, scaling: float, **how: Any) -> Tensor:
-    assert layer.pages is not None
-    return cpu.attention(query, layer.pages, layer.length, layer.channels, scaling=scaling, **how)
+    assert layer.cache is not None
+    return cpu.attention(query, layer.cache, layer.length, layer.channels, scaling=scaling, **how)
 
 
 def close(got: Tensor, right: Tensor, value: Tensor) -> None:
@@ -90,6 +90,26 @@ def close(got: Tensor, right: Tensor, value: Tensor) -> None:
         rounding = 2 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 1e-5
         off = (got.float() - right.float()).abs() / value.float().abs().max()
         assert off.max() < 0.01 and (off > rounding).float().mean() < 0.02, off.max()
+
+
+def test_double_precision_is_rounded_first() -> None:
+    query, key, value = random((1, 4, 2, 3, 70, 16, 16))
+    y = ours(query.double(), kept(key.double(), value.double()), 0.3)
+    assert y.dtype == torch.float64 and torch.equal(y.float(), ours(query, kept(key, value), 0.3))
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 is needed"):
+        OPS.cpu_cache_append(*cpu.new_cache(2, 1, 2, 16, 16), key.double(), value.double(), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_cache_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    query, key, value = random((1, 4, 2, 3, 70, 16, 16))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        y = ours(query, kept(key, value), 0.3)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(y, ours(query, kept(key, value), 0.3))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -150,9 +170,26 @@ def test_what_is_not_finite_stays_where_it_is(level: str) -> None:
             tensors[which][0, 1, min(place, tensors[which].shape[2] - 1), 3] = bad
             y = ours(tensors[0], kept(*tensors[1:]), 0.2, causal=True)
             assert torch.equal(y[:, :, 0], right[:, :, 0])  # the other head
+            before = 0 if which == 0 else max(0, place - 65)
+            assert torch.equal(y[:, :before], right[:, :before])
             hit = y[0, :, 1].isnan().any(dim=-1)
             first = min(place, 4) if which == 0 else max(0, place - 65)  # token t sees 66 + t positions
             assert not hit[:first].any() and (hit[first:].all() if which else hit.nonzero().flatten().tolist() == [first])
+
+
+def test_what_is_not_seen_leaves_no_trace(level: str) -> None:
+    """Nor costs anything: a window's pages are the only ones that are multiplied."""
+    query, key, value = random((1, 4, 2, 40, 700, 32, 32))
+    places = torch.arange(700)
+    window = (places <= 660 + torch.arange(40)[:, None]) & (places > 560 + torch.arange(40)[:, None])
+    mask = window.expand(1, 4, 40, 700)
+    right = ours(query, kept(key, value), 0.2, mask=mask)
+    close(right, reference.attention(query, key, value, scaling=0.2, mask=mask), value)
+    assert torch.equal(ours(query[:, :, 7:8], kept(key, value), 0.2, mask=mask[:, :, 7:8]), right[:, 7:8])
+    key[:, :, :500] = value[:, :, :500] = float("nan")
+    key[:, :, 561] = value[:, :, 561] = float("nan")  # in a page of which most is seen
+    y = ours(query, kept(key, value), 0.2, mask=mask)
+    assert y[:, 0].isnan().all() and torch.equal(y[:, 1:], right[:, 1:])
 
 
 def test_rows_that_see_nothing_are_zero(level: str) -> None:
@@ -178,25 +215,25 @@ def test_extreme_numbers(level: str) -> None:
 def test_the_ops_refuse_what_does_not_fit() -> None:
     query, key, value = random((1, 2, 2, 3, 70, 16, 16))
     layer = kept(key, value)
-    assert layer.pages is not None
-    for bad in (query[0], query[:, :, :, :12], query.double(), query.expand(2, 2, 3, 16)):
+    assert layer.cache is not None
+    for bad in (query[0], query[:, :, :, :12], query.int(), query.expand(2, 2, 3, 16)):
         with pytest.raises(RuntimeError):
             ours(bad, layer, 0.2)
     for mask in (torch.ones(1, 2, 3, 69, dtype=torch.bool), torch.ones(1, 2, 3, 70, dtype=torch.int), torch.ones(1, 1, 3, 70)):
         with pytest.raises(RuntimeError, match="the mask does not fit"):
             ours(query, layer, 0.2, mask=mask)
     with pytest.raises(RuntimeError, match="the cache does not fit"):
-        cpu.attention(query, layer.pages, 129, 16, scaling=0.2)
+        cpu.attention(query, layer.cache, 129, 16, scaling=0.2)
     with pytest.raises(RuntimeError, match="the cache does not fit"):
-        cpu.cache_append(layer.pages, key, value, 59)
+        cpu.cache_append(layer.cache, key, value, 59)
 
 
 def test_ops_as_torch_wants_them() -> None:
     query, key, value = random((1, 4, 2, 3, 70, 16, 16))
     layer = kept(key, value)
-    assert layer.pages is not None
-    torch.library.opcheck(OPS.cpu_attention.default, (query, layer.pages, 70, 16, 0.25, 0.0, True, None))
-    torch.library.opcheck(OPS.cpu_cache_append.default, (layer.pages.clone(), key, value, 5))
+    assert layer.cache is not None
+    torch.library.opcheck(OPS.cpu_attention.default, (query, *layer.cache, 70, 16, 0.25, 0.0, True, None))
+    torch.library.opcheck(OPS.cpu_cache_append.default, (*(tensor.clone() for tensor in layer.cache), key, value, 5))
 
 
 # transformers' models of these compute attention in their own code.
@@ -224,8 +261,10 @@ def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[...,
     # Float32 products of many tokens and of one are summed in another order: a few integers are rounded otherwise.
     torch.testing.assert_close(torch.cat(steps, dim=1), at_once[:, 40:], rtol=0, atol=0.02 * at_once.abs().max().item())
     if not name.startswith("deepseek"):  # which keep what keys are made from
-        assert isinstance(cache, Int8Cache) and cache.get_seq_length() == IDS.shape[1]
-        assert all(isinstance(layer, Int8Layer) and layer.pages is not None and layer.pages.dtype == torch.uint8 for layer in cache.layers)
+        assert cache.get_seq_length() == IDS.shape[1]
+        assert all(
+            isinstance(layer, Int8Layer) and layer.cache is not None and layer.cache[0].dtype == torch.uint8 for layer in cache.layers
+        )
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +272,40 @@ def llama(tiny: Callable[..., Path]) -> Any:
     return load(tiny("llama"), dtype=torch.float32, attention="int8")
 
 
-def test_generate(llama: Any) -> None:
+@torch.no_grad()
+def test_caches(llama: Any) -> None:
+    """One that is given is filled, by name or in its place, in parts; a decoder alone makes one too; and none is made where none is wanted."""
+    called, right = module.cache_argument(llama), llama(IDS, use_cache=False)
+    assert right.get(called) is None
+    cache = DynamicCache(config=llama.config)
+    first, second = llama(IDS[:, :30], **{called: cache}), llama(IDS[:, 30:], **{called: cache})
+    assert first[called] is cache and cache.get_seq_length() == IDS.shape[1] and isinstance(cache.layers[0], Int8Layer)
+    both = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(both, right.logits, rtol=0, atol=0.02)
+    in_place = DynamicCache()
+    llama(IDS, None, None, in_place)
+    assert in_place.get_seq_length() == IDS.shape[1] and isinstance(in_place.layers[-1], Int8Layer)
+    alone = llama.model(IDS, use_cache=True)[called]
+    assert alone.layers[0].nbytes == in_place.layers[0].nbytes
+    generated = DynamicCache()
+    llama.generate(IDS[:, :9], max_new_tokens=3, do_sample=False, **{called: generated})
+    assert generated.get_seq_length() == 11 and isinstance(generated.layers[0], Int8Layer)
+
+
+@torch.no_grad()
+def test_compiled(llama: Any) -> None:
+    """A token after another, without a new compilation for each."""
+    torch.compiler.reset()
+    called, compiled = module.cache_argument(llama), torch.compile(llama, backend="eager")
+    right = llama(IDS, use_cache=False).logits
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        output = compiled(IDS[:, :40])
+        for index in range(40, IDS.shape[1]):
+            output = compiled(IDS[:, index : index + 1], **{called: output[called]})
+            torch.testing.assert_close(output.logits[:, -1], right[:, index], rtol=0, atol=0.02)
+
+
+def test_generate(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded batches as single prompts; beams, whose caches are exchanged, as without a cache; drafts that are taken back as without any."""
     how = {"max_new_tokens": 8, "do_sample": False}
     single = llama.generate(IDS[:, 4:12], **how)[0, 8:]
@@ -243,8 +315,11 @@ def test_generate(llama: Any) -> None:
     assert torch.equal(llama.generate(padded, attention_mask=mask, **how)[1, 12:], single)
     beams, without = (llama.generate(IDS[:, :12], num_beams=3, use_cache=use_cache, **how) for use_cache in (True, False))
     assert torch.equal(beams, without)
+    cropped: list[int] = []
+    crop = Int8Layer.crop
+    monkeypatch.setattr(Int8Layer, "crop", lambda layer, tokens: cropped.append(tokens) or crop(layer, tokens))
     drafted = llama.generate(IDS[:, :40], prompt_lookup_num_tokens=3, **how)
-    assert torch.equal(drafted, llama.generate(IDS[:, :40], **how))
+    assert cropped and torch.equal(drafted, llama.generate(IDS[:, :40], **how))
 
 
 def test_every_product_of_a_quantized_model_is_of_integers(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
@@ -259,8 +334,8 @@ def test_what_a_cache_keeps() -> None:
     """A little more than a byte a number; what was cropped is written over."""
     query, key, value = random((2, 4, 2, 1, 200, 64, 64))
     layer = kept(key, value)
-    numbers = 2 * 2 * layer.pages.shape[0] * 64 * (64 + 64)  # type: ignore[union-attr]
-    assert layer.pages is not None and numbers < layer.pages.nbytes < 1.07 * numbers and layer.pages.shape[0] == 4
+    numbers = 2 * 2 * 4 * 64 * (64 + 64)  # four pages
+    assert numbers < layer.nbytes < 1.07 * numbers
     right = ours(query, layer, 0.2)
     layer.update(key[:, :, :30], value[:, :, :30])
     assert layer.get_seq_length() == 230
@@ -275,7 +350,11 @@ def test_what_a_cache_keeps() -> None:
     layer.batch_repeat_interleave(2)
     assert torch.equal(ours(query[[1, 1, 0, 0, 1, 1]], layer, 0.2), right[[1, 1, 0, 0, 1, 1]])
     layer.reset()
-    assert layer.get_seq_length() == 0 and layer.pages is None
+    assert layer.get_seq_length() == 0 and layer.cache is None and layer.nbytes == 0
+
+
+KINDS = ["full_attention", "conv"]
+SMALL: dict[str, Any] = {"vocab_size": 99, "num_key_value_heads": 2, "num_local_experts": 2, **families.LLAMA_SHAPE}
 
 
 def test_what_cannot_be_used_is_refused(llama: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,10 +367,17 @@ def test_what_cannot_be_used_is_refused(llama: Any, tiny: Callable[..., Path], m
         with pytest.raises(InputError, match=f"leave {type(cache).__name__} out"):
             llama(IDS, **{called: cache})
     one = torch.zeros(1, 1, 1, 8)
-    with pytest.raises(InputError, match="does not compute sinks"):
+    with pytest.raises(InputError, match="does not compute s_aux"):
         module.attention(torch.nn.Identity(), one, one, one, None, s_aux=one)
     with pytest.raises(InputError, match="does not compute dropout"):
         module.attention(torch.nn.Identity(), one, one, one, None, dropout=0.1)
+    with pytest.raises(InputError, match="does not compute position_bias"):
+        module.attention(torch.nn.Identity(), one, one, one, None, position_bias=one)
+    sinks, hybrid = (AutoModelForCausalLM.from_config(config) for config in (GptOssConfig(**SMALL), Lfm2Config(**SMALL, layer_types=KINDS)))
+    with pytest.raises(InputError, match="does not compute the sinks of 'gpt_oss'"):
+        module.check_attention(sinks, "int8", "cpu")
+    with pytest.raises(InputError, match="'lfm2' has layers that keep something other"):
+        module.check_attention(hybrid, "int8", "cpu")
     with pytest.raises(InputError, match="runs on the CPU, not on 'cuda'"):
         module.check_attention(llama, "int8", "cuda")
     monkeypatch.setattr(cpu, "missing", lambda: "they were not built")

@@ -235,7 +235,7 @@ def find_candidates(schemes: Sequence[Scheme], device: torch.device, counts: Seq
                 else:
                     left_out.append(LeftOut(peer.scheme, name, f"{NOT_INSTALLED}{missing}"))
         if scheme is None and device.type == "cpu":
-            here["cpu"] = ("float", bfloat16_product)
+            here["cpu, of heads"] = ("float", bfloat16_product)
         found += [Candidate(name_of_scheme, name, *how, count) for name, how in here.items() for count in counts]
     return found, left_out
 

@@ -27,6 +27,9 @@ VARIABLE = "SQPLUS_CPU"
 PANEL = 64
 PAGE = 64  # tokens of a page of attention's cache
 
+# Keys, values and scales, as csrc/attention.cpp has them. Pages of tokens are along the third dimension of the integers.
+Cache = tuple[Tensor, Tensor, Tensor]
+
 # |x| <= 128, and what its sums start from is -128 times all of them: more input channels than this could overflow an int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
 
@@ -52,7 +55,8 @@ def missing() -> str | None:
     torch.library.register_fake("smoothquant_plus::cpu_bfloat16")(_fake_bfloat16)
     torch.library.register_fake("smoothquant_plus::cpu_w4a16")(_fake_w4)
     torch.library.register_fake("smoothquant_plus::cpu_w4a8")(_fake_w4)
-    torch.library.register_fake("smoothquant_plus::cpu_cache_append")(lambda cache, keys, values, at: None)
+    torch.library.register_fake("smoothquant_plus::cpu_huge_pages")(lambda _: None)
+    torch.library.register_fake("smoothquant_plus::cpu_cache_append")(lambda *_: None)
     torch.library.register_fake("smoothquant_plus::cpu_attention")(_fake_attention)
     if wanted is not None and torch.ops.smoothquant_plus.cpu_level(LEVELS.index(wanted)) != LEVELS.index(wanted):
         raise InputError(f"{VARIABLE}={wanted}: this processor has {level()} at most.")
@@ -129,20 +133,26 @@ def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None, channels: in
     return y
 
 
-def cache_pages(pages: int, batch: int, heads: int, key_channels: int, value_channels: int) -> Tensor:
-    """Room for the keys and values of so many `pages` of PAGE tokens, of so many KV `heads`: uint8 (pages, batch, heads, bytes), not initialized."""
-    integers = PAGE * (-(-key_channels // 4) * 4 + -(-value_channels // PANEL) * PANEL)
-    return torch.empty(pages, batch, heads, integers + 2 * PAGE * 4, dtype=torch.uint8)
+def new_cache(pages: int, batch: int, heads: int, key_channels: int, value_channels: int) -> Cache:
+    """Room for the keys and values of so many `pages` of PAGE tokens, of so many KV `heads`; not initialized."""
+    keys = torch.empty(batch, heads, pages, PAGE * (-(-key_channels // 4) * 4), dtype=torch.uint8, device="cpu")
+    values = torch.empty(batch, heads, pages, PAGE * (-(-value_channels // PANEL) * PANEL), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(batch, heads, 2, pages * PAGE, dtype=torch.float32, device="cpu")
+    for tensor in (keys, values):
+        torch.ops.smoothquant_plus.cpu_huge_pages(tensor)
+    return keys, values, scales
 
 
-def cache_append(pages: Tensor, keys: Tensor, values: Tensor, at: int) -> None:
-    """Write `keys` (batch, KV heads, tokens, channels) and `values`, rounded, as the tokens from `at` on into `cache_pages`."""
-    torch.ops.smoothquant_plus.cpu_cache_append(pages, keys, values, at)
+def cache_append(cache: Cache, keys: Tensor, values: Tensor, at: int) -> None:
+    """Write `keys` (batch, KV heads, tokens, channels) and `values`, rounded, as the tokens from `at` on into a `new_cache`."""
+    if keys.dtype == torch.float64:
+        keys, values = keys.float(), values.float()
+    torch.ops.smoothquant_plus.cpu_cache_append(*cache, keys, values, at)
 
 
 def attention(
     query: Tensor,
-    pages: Tensor,
+    cache: Cache,
     length: int,
     channels: int,
     *,
@@ -151,15 +161,16 @@ def attention(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`reference.attention` of `query` (batch, heads, tokens, channels of keys) with the first `length` tokens of `cache_pages`; `channels` are
-    those of values. Gives (batch, tokens, heads, channels)."""
-    y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, pages, length, channels, scaling, softcap, causal, mask)
+    """`reference.attention` of `query` (batch, heads, tokens, channels of keys) with the first `length` tokens of a cache; `channels` are those of
+    values. Gives (batch, tokens, heads, channels)."""
+    if query.dtype == torch.float64:
+        how = {"scaling": scaling, "softcap": softcap, "causal": causal, "mask": mask}
+        return attention(query.float(), cache, length, channels, **how).double()  # type: ignore[arg-type]
+    y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, *cache, length, channels, scaling, softcap, causal, mask)
     return y
 
 
-def _fake_attention(
-    query: Tensor, pages: Tensor, length: int, channels: int, scaling: float, softcap: float, causal: bool, mask: Tensor | None
-) -> Tensor:
+def _fake_attention(query: Tensor, keys: Tensor, values: Tensor, scales: Tensor, length: int, channels: int, *others: object) -> Tensor:
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, channels)
 
