@@ -31,6 +31,12 @@ struct Avx2 {
   static SQPLUS_INLINE Int multiply_int(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
 
+  // Of each 32 bits, with zeros below.
+  static SQPLUS_INLINE Int lower_half(Int a) { return _mm256_slli_epi32(a, 16); }
+  static SQPLUS_INLINE Int upper_half(Int a) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))); }
+  static SQPLUS_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }
+  static SQPLUS_INLINE Int as_int(Float a) { return _mm256_castps_si256(a); }
+
   static SQPLUS_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
   static SQPLUS_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
   static SQPLUS_INLINE Float load_bfloat16(const uint16_t* p) {

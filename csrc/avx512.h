@@ -44,6 +44,12 @@ struct Avx512 {
   static SQPLUS_INLINE Int multiply_int(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static SQPLUS_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
 
+  // Of each 32 bits, with zeros below.
+  static SQPLUS_INLINE Int lower_half(Int a) { return _mm512_slli_epi32(a, 16); }
+  static SQPLUS_INLINE Int upper_half(Int a) { return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))); }
+  static SQPLUS_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+  static SQPLUS_INLINE Int as_int(Float a) { return _mm512_castps_si512(a); }
+
   static SQPLUS_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
   static SQPLUS_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
   static SQPLUS_INLINE Float load_bfloat16(const uint16_t* p) {

@@ -3,7 +3,7 @@
 // Packed integers are the same for all of them, so that a machine's level can be lowered at run time:
 //   W8  [panel][K / 4][64 channels][4]  uint8, 128 added; the input channels of four at a time next to each other
 //   W4  [panel][K / 8][64 channels]     uint32, eight unsigned nibbles each; input channel e of the eight lies at bit nibble_shift(e)
-//   bfloat16, for the levels that multiply it: [panel][K / 2][64 channels][2]
+//   bfloat16: [panel][K / 2][64 channels][2]
 // K is padded with zeros to a multiple of 4, 8 or 2, N to a multiple of 64.
 #pragma once
 
@@ -91,7 +91,7 @@ struct Kernels {
   int at_once;  // and where it is the only one: with sums for all of a panel's channels in registers, so that each weight is read once
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
-  void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);  // null where there is no such product
+  void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);
   void (*w4)(int64_t blocks, const Block*, const W4Tile&);  // x float32, or in fixed point where there is fix
   void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
   void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);  // x int8

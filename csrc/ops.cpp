@@ -320,7 +320,6 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
   STD_TORCH_CHECK(given.dim() > 0 && given.scalar_type() == ScalarType::BFloat16, "bfloat16 activations are needed");
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = kernels_in_use();
-  STD_TORCH_CHECK(kernels.bfloat16, "this processor has no bfloat16 products, or they are not chosen");
   const int64_t k = x.sizes().back(), m = rows_of(x), steps = round_up(k, 2) / 2;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps,
                   "the packed weight does not fit x");

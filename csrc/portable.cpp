@@ -42,6 +42,24 @@ struct Portable {
     return each([&](int i) { return static_cast<float>(a.v[i]); });
   }
 
+  // Of each 32 bits, with zeros below.
+  static SQPLUS_INLINE Int lower_half(const Int& a) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << 16); });
+  }
+  static SQPLUS_INLINE Int upper_half(const Int& a) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) & 0xffff0000u); });
+  }
+  static SQPLUS_INLINE Float as_float(const Int& a) {
+    Float out;
+    __builtin_memcpy(out.v, a.v, sizeof out.v);
+    return out;
+  }
+  static SQPLUS_INLINE Int as_int(const Float& a) {
+    Int out;
+    __builtin_memcpy(out.v, a.v, sizeof out.v);
+    return out;
+  }
+
   static SQPLUS_INLINE Float broadcast(float x) {
     return each([&](int) { return x; });
   }

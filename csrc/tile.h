@@ -148,6 +148,18 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
   }
 }
 
+// W8's loops, for pairs of bfloat16 numbers in place of four integers: each is the upper half of a float32 number. Sums are float32 in the registers of integers.
+template <class V>
+struct Pairs : V {
+  using Int = typename V::Int;
+  static constexpr bool saturates = false;
+  static SQPLUS_INLINE Int dot4(Int sum, Int w, Int x) {
+    const auto first = V::fma(V::as_float(V::lower_half(w)), V::as_float(V::lower_half(x)), V::as_float(sum));
+    return V::as_int(V::fma(V::as_float(V::upper_half(w)), V::as_float(V::upper_half(x)), first));
+  }
+  static SQPLUS_INLINE typename V::Float to_float(Int a) { return V::as_float(a); }
+};
+
 // 16 or 32-bit scales as they are stored, and zero points of nibbles, for one vector of channels.
 template <class V>
 SQPLUS_INLINE typename V::Float scale_at(const W4Tile& t, int64_t i) {
@@ -402,6 +414,7 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   kernels.rows = V::rows;
   kernels.at_once = at_once<V>;
   kernels.w8 = w8<V>;
+  kernels.bfloat16 = w8<Pairs<V>>;
   kernels.w4 = product;
   kernels.fix = fix;
   kernels.w4a8 = w4a8<V>;

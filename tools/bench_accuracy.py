@@ -46,12 +46,13 @@ HEADS: dict[str, dict[str, Any]] = {
     "SmoothQuant O1": {"activations": "token"},
     "SmoothQuant+, `--alpha model`": {"scheme": "w4a16", "alpha": "model"},
 }
+ATTENTION = HEADS | {"SmoothQuant O3": {"activations": "static"}}
 COUNTS = (0, 1, 3, CHANNELS, 16)
 TEXT = Calibration(text=(str(CALIBRATION),), samples=64, seq_len=SEQ_LEN)
 
 
-def score(directory: Path) -> float:
-    return evaluate(directory, [str(HELD_OUT)], seq_len=SEQ_LEN, dtype=torch.float32).perplexity
+def score(directory: Path, attention: str | None = None) -> float:
+    return evaluate(directory, [str(HELD_OUT)], seq_len=SEQ_LEN, dtype=torch.float32, attention=attention).perplexity
 
 
 def quantized(source: Path, directory: Path, **options: Any) -> tuple[float, Any]:
@@ -101,6 +102,17 @@ def main() -> None:
             rows[group] = [f"{naive:.3f}", f"{plus:.3f} ({alpha:g})", closed(full[CHANNELS], naive, plus)]
         table(f"groups, {CHANNELS} channels planted", ["round to nearest", "SmoothQuant+, `--alpha model`", "of the loss closed"], rows)
         heads(sources[CHANNELS], directory)
+        attention(sources[CHANNELS], directory)
+
+
+def attention(source: Path, directory: Path) -> None:
+    """What attention in INT8 costs."""
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        models = {"float16": source}
+        for index, (row, options) in enumerate(ATTENTION.items()):
+            models[row] = Path(quantize(source, Path(name) / str(index), calibration=TEXT, **options).output)
+        rows = {row: [f"{score(model, how):.3f}" for how in (None, "int8")] for row, model in models.items()}
+    table(f"linear layers, {CHANNELS} channels planted", ["attention in floats", "in INT8"], rows)
 
 
 def heads(source: Path, directory: Path) -> None:

@@ -236,19 +236,13 @@ def test_ops_as_torch_wants_them() -> None:
     torch.library.opcheck(OPS.cpu_cache_append.default, (*(tensor.clone() for tensor in layer.cache), key, value, 5))
 
 
-# transformers' models of these compute attention in their own code.
-OWN_CODE = ("bloom", "falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")
 IDS = families.make_tokenizer()(families.TEXT[:60], return_tensors="pt")["input_ids"]
 
 
 @pytest.mark.parametrize("name", families.TINY)
 @torch.no_grad()
 def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[..., Path]) -> None:
-    """At once and token by token, with a cache in 8 bits and without one; or it is refused before a weight is read."""
-    if name in OWN_CODE:
-        with pytest.raises(InputError, match=f"of '{name.split('-')[0]}' in its own code"):
-            load(tiny(name), attention="int8")
-        return
+    """At once and token by token, with a cache in 8 bits and without one, and with padding."""
     floats, model = load(tiny(name), dtype=torch.float32), load(tiny(name), dtype=torch.float32, attention="int8")
     right, at_once = floats(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
     assert 0 < (at_once - right).norm() / right.norm() < 0.05
@@ -260,6 +254,13 @@ def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[...,
         steps.append(output.logits)
     # Float32 products of many tokens and of one are summed in another order: a few integers are rounded otherwise.
     torch.testing.assert_close(torch.cat(steps, dim=1), at_once[:, 40:], rtol=0, atol=0.02 * at_once.abs().max().item())
+    padded = torch.nn.functional.pad(IDS[:, :40], (7, 0), value=256)
+    mask, positions = (padded != 256).long(), torch.arange(47)[None] - 7
+    how = {"attention_mask": mask, "position_ids": positions.clamp(min=0), "use_cache": False}
+    if name in ("bloom", "falcon-rw"):
+        del how["position_ids"]  # they have none
+    right, shifted = (each(padded, **how).logits[:, 7:] for each in (floats, model))
+    assert 0 < (shifted - right).norm() / right.norm() < 0.05
     if not name.startswith("deepseek"):  # which keep what keys are made from
         assert cache.get_seq_length() == IDS.shape[1]
         assert all(
@@ -380,6 +381,10 @@ def test_what_cannot_be_used_is_refused(llama: Any, tiny: Callable[..., Path], m
         module.check_attention(hybrid, "int8", "cpu")
     with pytest.raises(InputError, match="runs on the CPU, not on 'cuda'"):
         module.check_attention(llama, "int8", "cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(hybrid), "_can_set_attn_implementation", lambda *_: False)
+        with pytest.raises(InputError, match="of 'lfm2' in its own code"):
+            module.check_attention(hybrid, "int8", "cpu")
     monkeypatch.setattr(cpu, "missing", lambda: "they were not built")
     with pytest.raises(InputError, match="needs the CPU kernels of smoothquant-plus: they were not built"):
         load(tiny("llama"), attention="int8")

@@ -335,9 +335,9 @@ def test_ops_refuse_what_does_not_fit() -> None:
         OPS.cpu_pack_w4(torch.zeros(4, 4))
 
 
-@pytest.mark.skipif(cpu.LEVELS[HIGHEST] != "avx512_bf16", reason="this processor has no bfloat16 products")
+@pytest.mark.usefixtures("level")
 class TestBfloat16:
-    """Weights that stay in bfloat16."""
+    """Weights that stay in bfloat16, at every level."""
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_products(self, shape: tuple[int, int, int]) -> None:
@@ -383,15 +383,8 @@ class TestBfloat16:
             OPS.cpu_pack_bfloat16(torch.zeros(4, 4))
 
 
-def test_bfloat16_products_of_lower_levels(level: str) -> None:
-    """There are none, and `multiplies_bfloat16` says so."""
-    packed = OPS.cpu_pack_bfloat16(torch.randn(4, 8).bfloat16())
-    if level == "avx512_bf16":
-        assert cpu.multiplies_bfloat16() != torch.cpu._is_amx_tile_supported()
-    else:
-        assert not cpu.multiplies_bfloat16()
-        with pytest.raises(RuntimeError, match="no bfloat16 products"):
-            OPS.cpu_bfloat16(torch.randn(3, 8).bfloat16(), packed, None, 4)
+def test_where_bfloat16_weights_are_multiplied_here(level: str) -> None:
+    assert cpu.multiplies_bfloat16() == (level != "portable" and not torch.cpu._is_amx_tile_supported())
 
 
 def test_measures_of_the_machine(level: str) -> None:

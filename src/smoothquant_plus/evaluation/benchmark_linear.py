@@ -253,7 +253,7 @@ def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
 def bfloat16_product(weights: Weights) -> Product:
     """Our own product with a weight that stays in bfloat16, as a head does. Raises InputError where a model would use torch's."""
     if not cpu.multiplies_bfloat16():
-        raise InputError("it needs AVX-512 with BF16, and is not used where there is AMX")
+        raise InputError("it needs AVX2, and is not used where there is AMX")
     packed = cpu.prepare_bfloat16(weights.floats)
     return lambda x: lambda: cpu.linear_bfloat16(x, packed, None, len(weights.floats))
 

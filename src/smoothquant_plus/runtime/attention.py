@@ -8,6 +8,8 @@ models call for attention, and a cache that they keep keys and values in.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -103,6 +105,20 @@ def attention(
     unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None] + ["dropout"] * bool(dropout)
     if unknown:
         raise InputError(f"attention in int8 does not compute {', '.join(unknown)}: load this model without it.")
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    return _attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap or 0.0, causal, attention_mask), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor | Int8Layer,
+    value: Tensor | Int8Layer,
+    scaling: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`attention`, with a mask that can be expanded to (batch, heads, tokens, positions)."""
     if isinstance(key, Int8Layer):
         layer = key
     else:
@@ -110,14 +126,56 @@ def attention(
         assert isinstance(value, Tensor)
         layer.update(key, value)
     assert layer.cache is not None
-    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.float()
-    batch, heads, tokens, width = query.shape
-    mask = None if attention_mask is None else attention_mask.expand(batch, heads, tokens, layer.length)
-    scaling = width**-0.5 if scaling is None else scaling
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask.float()).expand(*query.shape[:3], layer.length)
     kept = (layer.cache, layer.length, layer.channels)
-    return cpu.attention(query, *kept, scaling=scaling, softcap=softcap or 0.0, causal=causal, mask=mask), None
+    return cpu.attention(query, *kept, scaling=scaling, softcap=softcap, causal=causal, mask=mask)
+
+
+def _bloom(
+    module: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | None, layer_past: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    """The forward of transformers' BloomAttention. `alibi` (batch * heads, 1, positions) is added to scores, as the mask is."""
+    batch, tokens, _width = hidden_states.shape
+    query, key, value = module._reshape(module.query_key_value(hidden_states))  # (batch, heads, tokens, head_dim)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, module.layer_idx)
+    mask = alibi.float().view(batch, module.num_heads, 1, -1)
+    if attention_mask is not None:
+        seen = attention_mask.dtype == torch.bool
+        mask = mask.masked_fill(~attention_mask, float("-inf")) if seen else mask + attention_mask
+    y = _attend(query, key, value, module.inv_norm_factor, causal=attention_mask is None, mask=mask)
+    return residual + module.dense(y.reshape(batch, tokens, -1)), None
+
+
+def _falcon(
+    module: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
+    position_embeddings: Any = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The forward of transformers' FalconAttention, whose `alibi` is in the mask already. Heads that share keys and values are kept once."""
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    batch, tokens, _width = hidden_states.shape
+    split = module._split_heads(module.query_key_value(hidden_states))
+    query, key, value = (x.transpose(1, 2) for x in split)  # (batch, heads, tokens, head_dim)
+    if module.new_decoder_architecture:  # there they are repeated
+        key, value = (x[:, :: module.num_heads // module.num_kv_heads] for x in (key, value))
+    if alibi is None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, module.layer_idx)
+    y, _none = attention(module, query, key, value, attention_mask)
+    return module.dense(y.reshape(batch, tokens, -1)), None
+
+
+# What computes attention in transformers' own code, by the name of its class.
+OWN_CODE: dict[str, Callable[..., tuple[Tensor, None]]] = {"BloomAttention": _bloom, "FalconAttention": _falcon}
 
 
 def check_attention(model: Any, asked: str, device: str) -> None:
@@ -129,7 +187,7 @@ def check_attention(model: Any, asked: str, device: str) -> None:
         raise InputError(f"attention in int8 runs on the CPU, not on '{device}'.")
     if (missing := cpu.missing()) is not None:
         raise InputError(f"attention in int8 needs the CPU kernels of smoothquant-plus: {missing}.")
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation() and not _own_code(model):
         raise InputError(
             f"attention in int8: transformers computes that of '{kind}' in its own code, which cannot be replaced. Load it without."
         )
@@ -147,7 +205,11 @@ def use_int8(model: Any) -> None:
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    if own := _own_code(model):
+        for module in own:
+            module.forward = MethodType(OWN_CODE[type(module).__name__], module)
+    else:
+        model.set_attn_implementation(NAME)
     if _is_latent(model):
         return
     decoder = model.get_decoder()
@@ -180,6 +242,10 @@ def int8_cache(cache: Cache) -> Cache:
 def cache_argument(model: Any) -> str:
     """What `model`'s forward calls its cache: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _own_code(model: Any) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ in OWN_CODE]
 
 
 def _is_latent(model: Any) -> bool:
