@@ -33,7 +33,12 @@ def exactly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_one_token_is_what_pytorch_gives_in_float64(kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bfloat16", [True, False], ids=("instructions", "none"))
+def test_one_token_is_what_pytorch_gives_in_float64(
+    bfloat16: bool, kv_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not there are instructions for bfloat16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bfloat16)
     monkeypatch.setattr(module, "sdpa_attention_forward", None)  # so that nothing else answers
     for batch, positions, width, value_width in ((1, 1, 16, 16), (3, 37, 64, 64), (2, 130, 48, 32)):
         query = torch.randn(batch, 6, 1, width).to(dtype)
