@@ -263,7 +263,7 @@ def test_a_bfloat16_head_runs_on_our_product(family: str, out: Out, theirs: Thei
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
     expected = theirs(out(family, "token"), dtype="bfloat16")
     difference = (found[0] - expected[0]).abs()
-    assert difference.max() < 2.0**-5 and difference.mean() < 2.0**-9  # logits up to 8 are rounded to bfloat16
+    assert difference.max() <= 2.0**-5 and difference.mean() < 2.0**-9  # one unit in the last place of bfloat16 logits up to 8
     assert found[1] == expected[1]
 
 
