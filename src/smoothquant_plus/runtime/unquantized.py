@@ -49,8 +49,8 @@ def attention(
         seen = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, float("-inf")) if seen else scores + attention_mask
     weights = scores.softmax(dim=-1).to(value.dtype)
-    if value.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # Without instructions for it, PyTorch's product of bfloat16 numbers takes three to six times as long as this.
+    if value.dtype == torch.bfloat16 and heads > key.shape[1] and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # Without instructions for it, PyTorch's product of several rows of bfloat16 numbers takes three to six times as long as this.
         y = (weights.float() @ value.float()).to(value.dtype)
     else:
         y = weights @ value
