@@ -92,6 +92,18 @@ def close(got: Tensor, right: Tensor, value: Tensor) -> None:
         assert off.max() < 0.01 and (off > rounding).float().mean() < 0.02, off.max()
 
 
+@pytest.mark.parametrize("how", [{}, {"softcap": 2.0}, {"scaling": 0.05}, {"is_causal": False}], ids=str)
+def test_what_transformers_asks_for_is_computed(how: dict[str, Any]) -> None:
+    """By tensors and by a cache; whatever is not asked for is as in PyTorch's attention."""
+    query, key, value = random((2, 4, 2, 17, 130, 16, 24))
+    meant = {"scaling": how.get("scaling", 0.25), "softcap": how.get("softcap", 0.0), "causal": how.get("is_causal", True)}
+    right, layer = reference.attention(query, key, value, **meant), kept(key, value)
+    for both in ((key, value), (layer, layer)):
+        y, none = module.attention(torch.nn.Identity(), query, *both, None, **how)
+        assert none is None
+        close(y, right, value)
+
+
 def test_double_precision_is_rounded_first() -> None:
     query, key, value = random((1, 4, 2, 3, 70, 16, 16))
     y = ours(query.double(), kept(key.double(), value.double()), 0.3)

@@ -217,7 +217,7 @@ def use_int8(model: Any) -> None:
 
     def with_cache(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A cache where one is wanted and none is given; the one that is given is made one of `Int8Layer`s."""
-        given = signature.bind_partial(*inputs, **options).arguments
+        given = signature.bind_partial(*inputs, **options).arguments  # "kwargs" has the old name, which newer versions still take
         cache, wanted = given.get(called, given.get("kwargs", {}).get("past_key_values")), given.get("use_cache")
         if cache is None and (decoder.config.use_cache if wanted is None else wanted):
             options = options | {called: int8_cache(DynamicCache())}
