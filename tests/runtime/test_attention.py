@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from smoothquant_plus.runtime.kernels import cpu, reference
 from smoothquant_plus.runtime.load import load
 
 assert cpu.missing() is None, f"the tests need the CPU kernels: {cpu.missing()}"
+pytestmark = pytest.mark.usefixtures("poison")
 OPS = torch.ops.smoothquant_plus
-HIGHEST = OPS.cpu_level(len(cpu.LEVELS) - 1)
 
 # batch, heads, KV heads, tokens, positions, channels of keys, channels of values. A page has 64 positions, what is summed up together 512; 32 rows
 # of queries go over a page together.
@@ -41,22 +41,6 @@ SHAPES = [
     (1, 2, 2, 0, 3, 8, 8),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=range(HIGHEST + 1), ids=lambda level: cpu.LEVELS[level])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert OPS.cpu_level(request.param) == request.param
-    yield cpu.LEVELS[request.param]
-    OPS.cpu_level(HIGHEST)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nothing was written to is NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

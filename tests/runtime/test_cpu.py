@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from smoothquant_plus.runtime.linear import QuantLinear
 
 CPU = torch.device("cpu")
 assert cpu.missing() is None, f"the tests need the CPU kernels: {cpu.missing()}"
+pytestmark = pytest.mark.usefixtures("poison")
 OPS = torch.ops.smoothquant_plus
 HIGHEST = OPS.cpu_level(len(cpu.LEVELS) - 1)
 
@@ -40,22 +40,6 @@ GROUPED_SHAPES = [
 INT8 = [find_scheme("w8a8", activations) for activations in ("token", "tensor", "static")]
 GROUPED = [find_scheme("w4a16", group_size=size, symmetric=symmetric) for size, symmetric in itertools.product(GROUP_SIZES, (False, True))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=range(HIGHEST + 1), ids=lambda level: cpu.LEVELS[level])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert OPS.cpu_level(request.param) == request.param
-    yield cpu.LEVELS[request.param]
-    OPS.cpu_level(HIGHEST)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nothing was written to is NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def int8_layer(scheme: Scheme, n: int, k: int, backend: str = "cpu") -> QuantLinear:
