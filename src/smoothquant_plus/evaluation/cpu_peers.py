@@ -202,34 +202,40 @@ def _openvino(weight_node: Any, shape: tuple[int, int]) -> Product:
     return bind
 
 
+def _vllm_operations() -> Any:
+    """vLLM's operations, of the library that it has for this processor: another one's ends the process at an instruction that is not there."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    return torch.ops._C
+
+
 def vllm_int8(weights: Weights) -> Product:
     """The product that vLLM takes where there is AMX, which has a path for VNNI; it quantizes per token."""
-    import vllm._C  # noqa: F401 (registers the ops)
-
     if cpu_method() != "unsigned":
         raise InputError("this processor has no VNNI, without which the product saturates")
+    ops = _vllm_operations()
     weight = weights.quantized["w8a8"]
-    packed, scale = torch.ops._C.convert_weight_packed(weight.values), weight.scale.reshape(-1)
-    return lambda x: lambda: torch.ops._C.int8_scaled_mm_with_quant(x, packed, scale, None, torch.bfloat16, True)
+    packed, scale = ops.convert_weight_packed(weight.values), weight.scale.reshape(-1)
+    return lambda x: lambda: ops.int8_scaled_mm_with_quant(x, packed, scale, None, torch.bfloat16, True)
 
 
 def vllm_onednn(weights: Weights) -> Product:
     """The product that vLLM takes elsewhere, quantized per token by its own operation."""
-    import vllm._C  # noqa: F401 (registers the ops)
-
     if cpu_method() != "unsigned":
         raise InputError("this processor has no VNNI, without which the product saturates")
+    ops = _vllm_operations()
     weight = weights.quantized["w8a8"]
     values, weight_scale = weight.values.t(), weight.scale.reshape(-1)  # which the handler reads, and does not keep
-    handler = torch.tensor(torch.ops._C.create_onednn_scaled_mm_handler(values, weight_scale, torch.bfloat16, True, False, 32))
+    handler = torch.tensor(ops.create_onednn_scaled_mm_handler(values, weight_scale, torch.bfloat16, True, False, 32))
     channels = values.shape[1]
 
     def bind(x: Tensor) -> Callable[[], Tensor]:
         def call(kept: object = (values, weight_scale)) -> Tensor:
             integers, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
-            torch.ops._C.dynamic_scaled_int8_quant(integers, x, scale, None)
+            ops.dynamic_scaled_int8_quant(integers, x, scale, None)
             y = x.new_empty(len(x), channels)
-            torch.ops._C.onednn_scaled_mm(y, integers, scale, None, None, None, handler)
+            ops.onednn_scaled_mm(y, integers, scale, None, None, None, handler)
             return y
 
         return call
@@ -239,8 +245,7 @@ def vllm_onednn(weights: Weights) -> Product:
 
 def vllm_int4(weights: Weights) -> Product:
     """vLLM's 4-bit product of bfloat16 activations: blocks of 16 channels, packed along the output channels."""
-    import vllm._C  # noqa: F401 (registers the ops)
-
+    ops = _vllm_operations()
     values, scale, zero_point = four_bits(weights)
     packed = pack_int4(values.t().contiguous()).view(torch.int32)  # (K, N / 8)
     blocks = packed.reshape(len(packed), -1, 2).transpose(0, 1).reshape(-1, 2 * len(packed)).contiguous()
@@ -249,7 +254,7 @@ def vllm_int4(weights: Weights) -> Product:
     def bind(x: Tensor) -> Callable[[], Tensor]:
         def call() -> Tensor:
             y = x.new_empty(len(x), len(values))
-            torch.ops._C.cpu_gemm_wna16(x, blocks, y, scales, zeros, None, 8, "vec")
+            ops.cpu_gemm_wna16(x, blocks, y, scales, zeros, None, 8, "vec")
             return y
 
         return call
