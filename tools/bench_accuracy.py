@@ -1,11 +1,13 @@
 """Perplexity of the demo model on all of its held-out text: float16, naive quantization, SmoothQuant and SmoothQuant+, with and without
-outliers planted.
+outliers planted. Or of a model of yours, as it is.
 
-python tools/bench_accuracy.py            prints the markdown tables of docs/benchmarks.md; about 20 minutes
+    python tools/bench_accuracy.py            prints the markdown tables of docs/benchmarks.md; about 20 minutes
+    python tools/bench_accuracy.py MODEL --calibration FILE --text FILE [--samples 64] [--group-size 128]
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 from pathlib import Path
@@ -51,15 +53,15 @@ COUNTS = (0, 1, 3, CHANNELS, 16)
 TEXT = Calibration(text=(str(CALIBRATION),), samples=64, seq_len=SEQ_LEN)
 
 
-def score(directory: Path, attention: str | None = None) -> float:
-    return evaluate(directory, [str(HELD_OUT)], seq_len=SEQ_LEN, dtype=torch.float32, attention=attention).perplexity
+def score(directory: Path, attention: str | None = None, text: Path = HELD_OUT) -> float:
+    return evaluate(directory, [str(text)], seq_len=SEQ_LEN, dtype=torch.float32, attention=attention).perplexity
 
 
-def quantized(source: Path, directory: Path, **options: Any) -> tuple[float, Any]:
+def quantized(source: Path, directory: Path, calibration: Calibration = TEXT, text: Path = HELD_OUT, **options: Any) -> tuple[float, Any]:
     """Perplexity of the quantized model, and the alpha that it was smoothed with."""
     with tempfile.TemporaryDirectory(dir=directory) as name:
-        found = quantize(source, Path(name) / "out", calibration=TEXT, **options)
-        return score(Path(found.output)), found.alpha
+        found = quantize(source, Path(name) / "out", calibration=calibration, **options)
+        return score(Path(found.output), text=text), found.alpha
 
 
 def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
@@ -69,6 +71,38 @@ def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="a model directory; by default the demo model")
+    parser.add_argument("--calibration", type=Path, help="text that the model is calibrated on")
+    parser.add_argument("--text", type=Path, help="text that it is evaluated on")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=128)
+    options = parser.parse_args()
+    if not options.model:
+        demo()
+    elif options.calibration and options.text:
+        of_model(
+            options.model,
+            Calibration(text=(str(options.calibration),), samples=options.samples, seq_len=SEQ_LEN),
+            options.text,
+            options.group_size,
+        )
+    else:
+        parser.error("a model of yours needs --calibration and --text")
+
+
+def of_model(model: Path, calibration: Calibration, text: Path, group_size: int) -> None:
+    """Each row as soon as it is known."""
+    print(f"\n| {model.name} | alpha | perplexity |\n|---|---|---|\n| as it is | | {score(model, text=text):.3f} |", flush=True)
+    rows = {f"W8A8, {row}": how for row, how in W8A8.items()}
+    rows |= {f"W4A16, groups of {group_size}, {row}": how | {"scheme": "w4a16", "group_size": group_size} for row, how in W4A16.items()}
+    with tempfile.TemporaryDirectory(dir=model.parent) as name:
+        for row, how in rows.items():
+            value, alpha = quantized(model, Path(name), calibration, text, **how)
+            print(f"| {row} | {alpha if isinstance(alpha, float) else ''} | {value:.3f} |", flush=True)
+
+
+def demo() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         sources = {}

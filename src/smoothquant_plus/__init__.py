@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from smoothquant_plus.evaluation.perplexity import evaluate
+    from smoothquant_plus.evaluation.tasks import evaluate_tasks
     from smoothquant_plus.method.scheme import SCHEMES
     from smoothquant_plus.pipeline import calibrate, quantize
     from smoothquant_plus.preparation import Calibration
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from smoothquant_plus.search import Search
     from smoothquant_plus.verification import verify
 
-__all__ = ["SCHEMES", "Calibration", "Search", "calibrate", "evaluate", "load", "quantize", "verify"]
+__all__ = ["SCHEMES", "Calibration", "Search", "calibrate", "evaluate", "evaluate_tasks", "load", "quantize", "verify"]
 
 _HOMES = {
     "SCHEMES": "method.scheme",
@@ -27,6 +28,7 @@ _HOMES = {
     "Search": "search",
     "calibrate": "pipeline",
     "evaluate": "evaluation.perplexity",
+    "evaluate_tasks": "evaluation.tasks",
     "load": "runtime.load",
     "quantize": "pipeline",
     "verify": "verification",

@@ -80,8 +80,8 @@ def command(function: Callable[..., Any], group: typer.Typer = app, **settings: 
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        # Models are read from directories: nothing may look for a hub, unless a data set was asked for. And nothing may talk on stdout.
-        if not any(text.startswith("hf:") for text in kwargs.get("text") or ()):
+        # Models are read from directories: nothing may look for a hub, unless data was asked for that is there. And nothing may talk on stdout.
+        if name != "tasks" and not any(text.startswith("hf:") for text in kwargs.get("text") or ()):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
@@ -340,6 +340,53 @@ def eval_(
     how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
     result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, **how)
     show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
+
+
+@command
+def tasks(
+    model: ModelOrOutput,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A task of lm-eval, or a group of them; may be repeated.")] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; by default what the task says.", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task, the first ones.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,
+    include: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory with tasks of your own, in lm-eval's YAML.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let tasks such as humaneval run what the model writes, on this machine.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = None,
+    arithmetic: Arithmetic = None,
+    attention: Attention = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on tasks of lm-eval, such as lambada_openai, hellaswag or humaneval. Their data comes from the Hugging Face hub."""
+    from smoothquant_plus.evaluation.tasks import evaluate_tasks as run
+
+    how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
+    result = run(
+        model,
+        tuple(task or ()),
+        few_shot=few_shot,
+        limit=limit,
+        batch_size=batch_size,
+        chat=chat,
+        include=include,
+        run_code=run_code,
+        **how,
+    )
+
+    def human() -> None:
+        table = Table("task", "metric", "value", "standard error")
+        for name, scores in result.tasks.items():
+            for metric, value in scores.items():
+                if "_stderr," not in metric:
+                    error = scores.get(metric.replace(",", "_stderr,"))
+                    table.add_row(name, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+        out.print(table)
+
+    show(result, as_json, human)
 
 
 @command
