@@ -19,7 +19,7 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest --numprocesses auto --dist worksteal tests/vllm
 # On a machine with an NVIDIA GPU, with its own Python and what is installed there.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/runtime/test_triton.py tests/runtime/test_triton_fused.py tests/runtime/test_triton_gpu.py
+	PYTHONPATH=src $(PYTHON) -m pytest tests/runtime/test_triton.py tests/runtime/test_triton_fused.py tests/runtime/test_triton_attention.py tests/runtime/test_triton_gpu.py
 # Every Triton kernel that is shipped, compiled for NVIDIA GPUs without one: minutes, where `make test` takes a choice of them.
 compile: dev
 	SQPLUS_COMPILE=all $(BIN)/python -m pytest -rP --numprocesses 2 tests/runtime/test_triton_compile.py

@@ -35,7 +35,7 @@ ONLY_IN = {
     "datasets": {"text.py", "evaluation/tasks.py"},
     "psutil": {"search.py", "runtime/serve.py"},
     "typer": {"cli.py"},
-    "triton": {f"runtime/kernels/triton/{name}.py" for name in ("common", "fused", "w4a16", "w8a8")},
+    "triton": {f"runtime/kernels/triton/{name}.py" for name in ("common", "fused", "int8_attention", "w4a16", "w8a8")},
     "vllm": {
         "runtime/vllm.py",
         "runtime/agreement.py",

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPTJForCausalLM, GptOssConfig, Lfm2Config, StaticCache
 
 import families
+from attention_cases import DTYPES, SHAPES, close, kept, random
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
@@ -24,56 +25,12 @@ from smoothquant_plus.runtime.load import load
 assert cpu.missing() is None, f"the tests need the CPU kernels: {cpu.missing()}"
 pytestmark = pytest.mark.usefixtures("poison")
 OPS = torch.ops.smoothquant_plus
-
-# batch, heads, KV heads, tokens, positions, channels of keys, channels of values. A page has 64 positions, what is summed up together 512; 32 rows
-# of queries go over a page together.
-SHAPES = [
-    (1, 1, 1, 1, 1, 1, 1),
-    (1, 4, 2, 1, 63, 16, 16),
-    (2, 6, 6, 1, 64, 64, 64),
-    (1, 8, 1, 1, 65, 80, 80),
-    (1, 3, 3, 7, 7, 33, 65),
-    (2, 4, 2, 17, 130, 40, 24),
-    (1, 2, 1, 118, 700, 64, 128),
-    (1, 40, 1, 3, 67, 8, 8),
-    (1, 2, 2, 1, 1100, 128, 128),
-    (0, 2, 2, 1, 3, 8, 8),
-    (1, 2, 2, 0, 3, 8, 8),
-]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, some channels of the keys ten times as large as others."""
-    batch, heads, kv_heads, tokens, positions, width, value_width = shape
-    generator = torch.Generator().manual_seed(sum(shape))
-    query = torch.randn(batch, heads, tokens, width, generator=generator)
-    key = torch.randn(batch, kv_heads, positions, width, generator=generator)
-    key[..., ::8] *= 10
-    value = torch.randn(batch, kv_heads, positions, value_width, generator=generator)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def kept(key: Tensor, value: Tensor, *parts: int) -> Int8Layer:
-    """What a cache is after it was given so many tokens at a time."""
-    layer = Int8Layer()
-    for some_keys, some_values in zip(key.split(parts or key.shape[2], dim=2), value.split(parts or key.shape[2], dim=2), strict=True):
-        assert layer.update(some_keys, some_values) == (layer, layer)
-    return layer
+CPU = torch.device("cpu")
 
 
 def ours(query: Tensor, layer: Int8Layer, scaling: float, **how: Any) -> Tensor:
     assert layer.cache is not None
     return cpu.attention(query, layer.cache, layer.length, layer.channels, scaling=scaling, **how)
-
-
-def close(got: Tensor, right: Tensor, value: Tensor) -> None:
-    """Integers that were rounded otherwise, where float32 leaves it open, count for one in 127 of a value's weight; nearly none are."""
-    assert got.dtype == right.dtype and got.shape == right.shape
-    if got.numel():
-        rounding = 2 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 1e-5
-        off = (got.float() - right.float()).abs() / value.float().abs().max()
-        assert off.max() < 0.01 and (off > rounding).float().mean() < 0.02, off.max()
 
 
 @pytest.mark.parametrize("how", [{}, {"softcap": 2.0}, {"scaling": 0.05}, {"is_causal": False}], ids=str)
@@ -93,7 +50,7 @@ def test_double_precision_is_rounded_first() -> None:
     y = ours(query.double(), kept(key.double(), value.double()), 0.3)
     assert y.dtype == torch.float64 and torch.equal(y.float(), ours(query, kept(key, value), 0.3))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 is needed"):
-        OPS.cpu_cache_append(*cpu.new_cache(2, 1, 2, 16, 16), key.double(), value.double(), 0)
+        OPS.cpu_cache_append(*cpu.new_cache(2, 1, 2, 16, 16, CPU), key.double(), value.double(), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -379,7 +336,7 @@ def test_what_cannot_be_used_is_refused(llama: Any, tiny: Callable[..., Path], m
         module.check_attention(sinks, "int8", "cpu")
     with pytest.raises(InputError, match="'lfm2' has layers that keep something other"):
         module.check_attention(hybrid, "int8", "cpu")
-    with pytest.raises(InputError, match="runs on the CPU, not on 'cuda'"):
+    with pytest.raises(InputError, match="has no kernels on 'cuda': "):
         module.check_attention(llama, "int8", "cuda")
     with monkeypatch.context() as patch:
         patch.setattr(type(hybrid), "_can_set_attn_implementation", lambda *_: False)

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Groups of 128 in bfloat16, and what has no groups; the rest differs in constants and takes minutes: make compile.
-USUAL = r"^(?!.*(fp16|group 64|group 32))"
+# Groups of 128 in bfloat16, what has no groups, and heads of 128 channels; the rest differs in constants and takes minutes: make compile.
+USUAL = r"^(?!.*(fp16|group 64|group 32|, 64 channels|, 256 channels))"
 ALL = os.environ.get("SQPLUS_COMPILE") == "all"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100") if ALL else ("sm_80", "sm_90")
 
@@ -37,11 +37,16 @@ def test_what_kernels_become(architecture: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-W", "ignore", script, architecture, names], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {"w4a16", "w8a8", "rms", "layer", "silu"} <= {one["name"].split()[0] for one in found}
+    assert {"w4a16", "w8a8", "rms", "layer", "silu", "append", "attention", "merge"} <= {
+        one["name"].replace(",", "").split()[0] for one in found
+    }
     for one in found:
         print(summary(architecture, one))  # noqa: T201  pytest -rP shows it
-        assert not one["spilled"], one["name"]
-        scheme, kernel = one["name"].split()[:2]
+        scheme, kernel = one["name"].replace(",", "").split()[:2]
+        # Two registers before the loop of attention for one token, where the compiler keeps to 72 for more threads at once.
+        assert one["spilled"] <= (8 if scheme == "attention" else 0), one["name"]
+        if scheme == "attention":
+            assert one["loop"].get(expected_instruction(architecture, "w8a8", int(kernel))), (one["name"], one["loop"])
         if kernel in ("fused", "scale_before", "scale_after"):
             assert one["loop"].get(expected_instruction(architecture, scheme, one["rows"])), (one["name"], one["loop"])
         if kernel == "scale_after":

@@ -1,8 +1,8 @@
 """Attention in INT8, as SmoothQuant has it (arXiv 2211.10438, section 4 and figure 6): both of its products, and the cache of keys and values,
 which for heads of 64 or 128 channels takes little more than half the memory of one in 16 bits.
 
-What the integers stand for is in kernels/reference.py; csrc/attention.cpp multiplies them. Here are transformers' sides of it: a function that its
-models call for attention, and a cache that they keep keys and values in.
+What the integers stand for is in kernels/reference.py; csrc/attention.cpp multiplies them on CPUs, kernels/triton/int8_attention.py on GPUs. Here
+are transformers' sides of it: a function that its models call for attention, and a cache that they keep keys and values in.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.masking_utils import sdpa_mask
 
 from smoothquant_plus.errors import InputError, did_you_mean
-from smoothquant_plus.runtime.kernels import cpu
+from smoothquant_plus.method.scheme import SCHEMES
+from smoothquant_plus.runtime.kernels import cpu, triton
+from smoothquant_plus.runtime.kernels.reference import PAGE
 
 # What may be asked for, besides nothing.
 INT8 = "int8"
 # The name in transformers' tables of attention functions.
 NAME = "smoothquant_plus_int8"
+
+
+def kernels_for(device: torch.device) -> Any:
+    """The file that computes attention in INT8 on `device`: `new_cache`, `cache_append` and `attention`."""
+    return cpu if device.type == "cpu" else triton
 
 
 class Int8Layer(DynamicLayer):
@@ -37,7 +44,7 @@ class Int8Layer(DynamicLayer):
         self._forget()
 
     def _forget(self) -> None:
-        self.cache: cpu.Cache | None = None
+        self.cache: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values and their scales, as `kernels_for` its device has them
         self.length = 0
         self.channels = 0  # of values
         self.is_initialized = False
@@ -46,15 +53,16 @@ class Int8Layer(DynamicLayer):
         """Append keys (batch, KV heads, tokens, head_dim) and values. Returns this layer twice, which is what `attention` takes for them."""
         batch, heads, tokens, width = key_states.shape
         self.channels = value_states.shape[-1]
-        needed, there = -(-(self.length + tokens) // cpu.PAGE), 0 if self.cache is None else self.cache[0].shape[2]
+        kernels = kernels_for(key_states.device)
+        needed, there = -(-(self.length + tokens) // PAGE), 0 if self.cache is None else self.cache[0].shape[2]
         if needed > there or self.cache is None:
             # A quarter more than there were, so that what is copied does not grow with the square of the length.
-            cache = cpu.new_cache(max(needed, there + there // 4), batch, heads, width, self.channels)
+            cache = kernels.new_cache(max(needed, there + there // 4), batch, heads, width, self.channels, key_states.device)
             if self.cache is not None:
                 keys, values, scales = self.cache
-                cache[0][:, :, :there], cache[1][:, :, :there], cache[2][..., : there * cpu.PAGE] = keys, values, scales
+                cache[0][:, :, :there], cache[1][:, :, :there], cache[2][..., : there * PAGE] = keys, values, scales
             self.cache = cache
-        cpu.cache_append(self.cache, key_states, value_states, self.length)
+        kernels.cache_append(self.cache, key_states, value_states, self.length)
         self.length += tokens
         self.is_initialized = True
         return self, self
@@ -129,7 +137,7 @@ def _attend(
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask.float()).expand(*query.shape[:3], layer.length)
     kept = (layer.cache, layer.length, layer.channels)
-    return cpu.attention(query, *kept, scaling=scaling, softcap=softcap, causal=causal, mask=mask)
+    return kernels_for(query.device).attention(query, *kept, scaling=scaling, softcap=softcap, causal=causal, mask=mask)
 
 
 def _bloom(
@@ -184,8 +192,9 @@ def check_attention(model: Any, asked: str, device: str) -> None:
         raise InputError(f"unknown attention '{asked}': choose {INT8}, or leave it to transformers.{did_you_mean(asked, [INT8])}")
     kind = model.config.model_type
     if torch.device(device).type != "cpu":
-        raise InputError(f"attention in int8 runs on the CPU, not on '{device}'.")
-    if (missing := cpu.missing()) is not None:
+        if (reason := triton.supports(SCHEMES["w8a8"], torch.device(device), (1, 1))) is not None:
+            raise InputError(f"attention in int8 has no kernels on '{device}': {reason}.")
+    elif (missing := cpu.missing()) is not None:
         raise InputError(f"attention in int8 needs the CPU kernels of smoothquant-plus: {missing}.")
     if not model._can_set_attn_implementation() and not _own_code(model):
         raise InputError(

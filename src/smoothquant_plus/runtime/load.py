@@ -47,7 +47,7 @@ def load(
 
     `dtype` is what everything but the quantized products is computed in (default: what config.json says). `backend` is 'cpu', 'triton', 'torch',
     'reference', or None to choose for each layer. `arithmetic` 'w4a8' multiplies the 4-bit weights of a W4A16 checkpoint with activations
-    rounded to 8 bits per token: faster, and less accurate. `attention` 'int8', on a CPU, computes both products of attention in 8 bits and keeps
+    rounded to 8 bits per token: faster, and less accurate. `attention` 'int8' computes both products of attention in 8 bits and keeps
     keys and values in them. Raises InputError for a checkpoint, device, backend or attention that cannot be used.
     """
     directory = Path(directory)

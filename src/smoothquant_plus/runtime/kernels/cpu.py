@@ -20,12 +20,12 @@ from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.progress import note
+from smoothquant_plus.runtime.kernels.reference import PAGE
 
 # From the lowest to the highest, as in csrc/ops.cpp.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "SQPLUS_CPU"
 PANEL = 64
-PAGE = 64  # tokens of a page of attention's cache
 
 # Keys, values and scales, as csrc/attention.cpp has them. Pages of tokens are along the third dimension of the integers.
 Cache = tuple[Tensor, Tensor, Tensor]
@@ -133,11 +133,11 @@ def linear_bfloat16(x: Tensor, packed: Tensor, bias: Tensor | None, channels: in
     return y
 
 
-def new_cache(pages: int, batch: int, heads: int, key_channels: int, value_channels: int) -> Cache:
+def new_cache(pages: int, batch: int, heads: int, key_channels: int, value_channels: int, device: torch.device) -> Cache:
     """Room for the keys and values of so many `pages` of PAGE tokens, of so many KV `heads`; not initialized."""
-    keys = torch.empty(batch, heads, pages, PAGE * (-(-key_channels // 4) * 4), dtype=torch.uint8, device="cpu")
-    values = torch.empty(batch, heads, pages, PAGE * (-(-value_channels // PANEL) * PANEL), dtype=torch.uint8, device="cpu")
-    scales = torch.empty(batch, heads, 2, pages * PAGE, dtype=torch.float32, device="cpu")
+    keys = torch.empty(batch, heads, pages, PAGE * (-(-key_channels // 4) * 4), dtype=torch.uint8, device=device)
+    values = torch.empty(batch, heads, pages, PAGE * (-(-value_channels // PANEL) * PANEL), dtype=torch.uint8, device=device)
+    scales = torch.empty(batch, heads, 2, pages * PAGE, dtype=torch.float32, device=device)
     for tensor in (keys, values):
         torch.ops.smoothquant_plus.cpu_huge_pages(tensor)
     return keys, values, scales

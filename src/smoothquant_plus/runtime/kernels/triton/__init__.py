@@ -14,6 +14,8 @@ from torch import Tensor
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import Scheme
 
+# Keys, values and their scales (int8_attention.py).
+Cache = tuple[Tensor, Tensor, Tensor]
 # |x| <= 128 and |w| <= 127: more input channels than this could overflow the int32 sum.
 LARGEST_K = (2**31 - 1) // (128 * 127)
 
@@ -22,7 +24,7 @@ LARGEST_K = (2**31 - 1) // (128 * 127)
 def missing() -> str | None:
     """Import the kernels, once: None, or the reason why there are none."""
     try:
-        from smoothquant_plus.runtime.kernels.triton import w4a16, w8a8  # noqa: F401  registers the ops
+        from smoothquant_plus.runtime.kernels.triton import int8_attention, w4a16, w8a8  # noqa: F401  registers the ops
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install triton"
     return None
@@ -70,4 +72,33 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
 def product(values: Tensor, scale: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`linear` in W8A8 of activations that are quantized already (fused.py): values int8 (..., K filled up) and scale float32 (...)."""
     y: Tensor = torch.ops.smoothquant_plus.triton_w8a8_product(values, scale, *prepared, bias, dtype)
+    return y
+
+
+def new_cache(pages: int, batch: int, heads: int, key_channels: int, value_channels: int, device: torch.device) -> Cache:
+    """Room for the keys and values of so many `pages` of PAGE tokens, of so many KV `heads`; not initialized."""
+    from smoothquant_plus.runtime.kernels.triton import int8_attention
+
+    return int8_attention.new_cache(pages, batch, heads, key_channels, value_channels, device)
+
+
+def cache_append(cache: Cache, keys: Tensor, values: Tensor, at: int) -> None:
+    """Write `keys` (batch, KV heads, tokens, channels) and `values`, rounded, as the tokens from `at` on into a `new_cache`."""
+    torch.ops.smoothquant_plus.triton_cache_append(*cache, keys, values, at)
+
+
+def attention(
+    query: Tensor,
+    cache: Cache,
+    length: int,
+    channels: int,
+    *,
+    scaling: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`reference.attention` of `query` (batch, heads, tokens, channels of keys) with the first `length` tokens of a cache; `channels` are those of
+    values. Gives (batch, tokens, heads, channels)."""
+    y: Tensor = torch.ops.smoothquant_plus.triton_attention(query, *cache, length, channels, scaling, softcap, causal, mask)
     return y

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from smoothquant_plus.method.scheme import GROUP_SIZES
-from smoothquant_plus.runtime.kernels.triton import fused, w4a16, w8a8
+from smoothquant_plus.runtime.kernels.reference import PAGE
+from smoothquant_plus.runtime.kernels.triton import fused, int8_attention, w4a16, w8a8
 from smoothquant_plus.runtime.kernels.triton.configurations import ANYWHERE, SHIPPED, Configuration, Op
 
 # Triton's names of types for the arguments of the kernels; FLOAT stands for the dtype of the activations.
@@ -19,8 +20,31 @@ SCALE = W8A8 | BOTH | {"total_ptr": "*i32"}
 NORM = QUANTIZE | {"residual_ptr": "*FLOAT", "weight_ptr": "*FLOAT", "bias_ptr": "*FLOAT", "sum_ptr": "*FLOAT"}
 NORM |= {"residual_stride": "i32", "eps": "fp32"}
 SILU = QUANTIZE | {"gate_ptr": "*FLOAT", "up_ptr": "*FLOAT", "gate_stride": "i32", "up_stride": "i32"}
+CACHE = {"keys_ptr": "*i8", "values_ptr": "*i8", "scales_ptr": "*fp32", "tokens": "i32", "heads": "i32", "pages": "i32"}
+APPEND = CACHE | {"key_ptr": "*FLOAT", "value_ptr": "*FLOAT", "at": "i32"}
+APPEND |= {f"{which}_{axis}": "i32" for which in ("key", "value") for axis in ("batch", "head", "token")}
+ATTENTION = CACHE | {"query_ptr": "*FLOAT", "mask_ptr": "*fp32", "extent_ptr": "*fp32", "length": "i32", "share": "i32", "group": "i32"}
+ATTENTION |= {f"{which}_{axis}": "i32" for which in ("query", "mask") for axis in ("batch", "head", "token", "position")}
+ATTENTION |= {"scaling": "fp32", "softcap": "fp32"}
+MERGE = {"part_ptr": "*fp32", "extent_ptr": "*fp32", "y_ptr": "*FLOAT", "parts": "i32"}
 # What is not a multiple of 16 in general; all else is, addresses too, in the shapes of real models.
-ANY = ("M", "blocks", "from_channel", "to_channel", "eps")
+ANY = (
+    "M",
+    "blocks",
+    "from_channel",
+    "to_channel",
+    "eps",
+    "at",
+    "tokens",
+    "heads",
+    "group",
+    "pages",
+    "length",
+    "share",
+    "parts",
+    "scaling",
+    "softcap",
+)
 
 
 class Compilation(NamedTuple):
@@ -71,6 +95,26 @@ def shipped(architecture: str) -> Iterator[Compilation]:
         for k in (11008, fused.LARGEST_PRODUCT):
             tile, warps, stages = fused.tile(k)
             yield compilation(f"silu {k} {dtype}", fused.silu_quantize_kernel, SILU, dtype, tile, warps, stages)
+        yield from attention(dtype)
+
+
+def attention(dtype: str) -> Iterator[Compilation]:
+    """Tokens after a prompt, of which each program has some positions, and prompts; without a mask, and with one."""
+    for channels in (64, 128, 256):
+        widths = int8_attention.widths(channels, channels)
+        for tokens in (1, 4096):
+            constants = widths | {"TOKENS": int8_attention.tokens_at_once(tokens, channels), "PAGE": PAGE}
+            name = f"append {constants['TOKENS']} tokens, {channels} channels {dtype}"
+            yield compilation(name, int8_attention.append_kernel, APPEND, dtype, constants, 4 if tokens > 1 else 1, 1)
+        for rows in (1, 4096):
+            tile, warps, stages = int8_attention.tile(rows, channels)
+            constants = widths | {"CAUSAL": rows > 1, "CAPPED": False, "SPLIT": rows == 1, "ROWS": tile, "PAGE": PAGE}
+            types = ATTENTION | {"y_ptr": "*fp32" if rows == 1 else "*FLOAT"}
+            for mask, masked in (("", {"mask_ptr": None}), (" masked", {})):
+                name = f"attention {tile} rows{mask}, {channels} channels {dtype}"
+                yield compilation(name, int8_attention.attention_kernel, types, dtype, constants | masked, warps, stages)
+        constants = {"CHANNELS": channels, "VALUES": widths["VALUES"], "PARTS": int8_attention.SPLITS}
+        yield compilation(f"merge, {channels} channels {dtype}", int8_attention.merge_kernel, MERGE, dtype, constants, 4, 1)
 
 
 def rows(architecture: str, op: Op) -> Iterator[Configuration]:
