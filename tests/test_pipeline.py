@@ -53,6 +53,27 @@ def test_weights_per_tensor(tiny: Callable[..., Path], calibration: Calibration,
     verify(tmp_path / "out", tiny())
 
 
+@pytest.mark.parametrize("activations", ["static", "tensor", "token"])
+def test_massive_activations_are_told(activations: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """One channel of a hidden layer, ten thousand times larger than the others as large models have them, leaves nothing of these in one scale."""
+    source = tmp_path / "massive"
+    shutil.copytree(tiny("llama", torch.float32), source)
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if (up := tensors.get("model.layers.1.mlp.up_proj.weight")) is not None:
+            up[3] *= 1e4
+        if (down := tensors.get("model.layers.1.mlp.down_proj.weight")) is not None:
+            down[:, 3] /= 1e4
+        save_file(tensors, shard, {"format": "pt"})
+    calibration = Calibration(text=(str(text_file),), samples=4, seq_len=32)
+    for smooth, massive in (("norms", activations != "token"), ("all", False)):
+        found = quantize(source, tmp_path / smooth, activations=activations, smooth=smooth, target="here", calibration=calibration)
+        told = [note for note in found.notes if "model.layers.1.mlp.down_proj (99%)" in note and "--activations token" in note]
+        assert len(told) == massive
+        linear = json.loads((tmp_path / smooth / "plan.json").read_text())["blocks"][1]["linears"]["mlp.down_proj"]
+        assert (linear.get("lost_channels", 0) > 0.9) == massive and ("lost_channels" in linear) == (activations != "token")
+
+
 def test_layers_that_share_an_input_share_their_static_scale(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """vLLM fuses them and keeps the scale of the last one that it loads."""
     quantize(tiny(), tmp_path / "out", activations="static", calibration=calibration)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothquant_plus.method.integers import lost_channels
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.blocks import Decoder, Stream
@@ -156,7 +157,7 @@ def quantize_one(
             decoder.materialize(index, torch.float32)  # as where it is smoothed
         quantized = quantize_block(decoder, index, block, method.scheme, smoothed.maxima)
         write_shard(work.directory / shard_names(decoder, method.scheme).blocks[index], block_tensors(decoder, index, block, quantized))
-    record = record_of(smoothed, quantized)
+    record = record_of(smoothed, quantized, method.scheme)
     record["coverage"] = coverage(decoder, index, method.smooth, method.pairs, smoothed.alpha)
     if streams.full is not None:
         work.blocks.keep_stream(index + 1, FULL, smoothed.outputs)
@@ -202,8 +203,14 @@ def halves(progress: Steps, offset: float, batches: int) -> Callable[[int], None
     return lambda done: progress.part(offset + done / batches / 2)
 
 
-def record_of(smoothed: Smoothed, quantized: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def record_of(smoothed: Smoothed, quantized: dict[str, QuantizedLinear], scheme: Scheme) -> dict[str, Any]:
     """What plan.json says of a block."""
+    linears: dict[str, dict[str, Any]] = {
+        name: {"weight_error": linear.error, "sha256": linear.digest} for name, linear in quantized.items()
+    }
+    if scheme.inputs is not None and scheme.inputs.strategy == "tensor":
+        for name in linears.keys() & smoothed.maxima.keys():
+            linears[name]["lost_channels"] = lost_channels(smoothed.maxima[name])
     record: dict[str, Any] = {
         "alpha": smoothed.alpha,
         "equivalence_error": smoothed.equivalence_error,
@@ -217,6 +224,6 @@ def record_of(smoothed: Smoothed, quantized: dict[str, QuantizedLinear]) -> dict
             }
             for pair in smoothed.pairs
         ],
-        "linears": {name: {"weight_error": linear.error, "sha256": linear.digest} for name, linear in quantized.items()},
+        "linears": linears,
     }
     return record | {key: value for key, value in (("search", smoothed.search), ("experts", smoothed.experts)) if value is not None}

@@ -119,7 +119,7 @@ def quantize(
                 facts["search"], strength = found, found["alpha"]
                 notes.append(search_note(found))
             quantize_blocks(decoder, work, Method(chosen, smooth, active, strength), calibration, samples, search)
-            notes += summary(work.blocks.records())
+            notes += summary(work.blocks.records(), decoder.path)
             if chosen.head:
                 notes.append(head_note(decoder, chosen.head, json.loads(work.head_result.read_text())))
             finish(decoder, work, chosen, recipe, {"alpha": strength, **facts})

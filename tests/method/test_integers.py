@@ -12,7 +12,15 @@ from torch import Tensor
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method import integers
-from smoothquant_plus.method.integers import dequantize, dequantized_pieces, pack_int4, quantize_input, quantize_weight, unpack_int4
+from smoothquant_plus.method.integers import (
+    dequantize,
+    dequantized_pieces,
+    lost_channels,
+    pack_int4,
+    quantize_input,
+    quantize_weight,
+    unpack_int4,
+)
 from smoothquant_plus.method.scheme import ACTIVATIONS, GROUP_SIZES, SCHEMES, Quant, find_scheme
 
 CHANNEL = SCHEMES["w8a8"].weights
@@ -246,3 +254,13 @@ def test_schemes_by_name_are_their_defaults() -> None:
 def test_options_that_a_scheme_does_not_have(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         find_scheme(name, **options)
+
+
+def test_lost_channels() -> None:
+    """Half a step of 127's scale is 1/254 of the largest; a channel that is always 0 loses nothing."""
+    assert lost_channels(torch.tensor([254.0, 0.99, 1.01, 0.0])) == 0.25
+    assert lost_channels(torch.zeros(3)) == 0.0
+    maxima = torch.rand(1000) ** 8
+    x = maxima * torch.tensor([[1.0], [-0.5]])
+    integers, _ = quantize_input(x, Quant(bits=8, strategy="tensor", dynamic=True))
+    assert lost_channels(maxima) == pytest.approx((integers == 0).all(dim=0).float().mean().item(), abs=0.002)

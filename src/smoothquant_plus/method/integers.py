@@ -39,6 +39,13 @@ class QuantizedWeight:
         return QuantizedWeight(self.values.to(device), self.scale.to(device), self.quant, zero_point)
 
 
+def lost_channels(maxima: Tensor) -> float:
+    """Of channels with these absolute `maxima`, the share that one scale for all of them rounds to 0 wherever they are: those that stay below half a
+    step of it. Channels that are always 0 lose nothing."""
+    step = scale_of(maxima.amax())
+    return ((maxima > 0) & (maxima < step / 2)).float().mean().item()
+
+
 def quantize_weight(weight: Tensor, quant: Quant, scale_dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     """Round-to-nearest quantization of `weight` (N, K).
 

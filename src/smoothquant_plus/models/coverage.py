@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.families import SMOOTH, Pair, is_exact, pairs_in
 
 UNPAIRED = "what feeds it takes no factor"
+# The share of an input's channels that its one scale may round to 0 before the user hears of it.
+MANY_LOST = 0.1
 
 
 def coverage(decoder: Decoder, index: int, smooth: str, active: Sequence[Pair], alpha: float | None) -> dict[str, Any]:
@@ -54,12 +56,15 @@ def together(name: str) -> str:
     return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
-def summary(records: Iterable[dict[str, Any]]) -> list[str]:
-    """What the user is told: the coverage of all blocks, and experts that no text reached."""
+def summary(records: Iterable[dict[str, Any]], path: Callable[[int], str]) -> list[str]:
+    """What the user is told: the coverage of all blocks, experts that no text reached, and inputs that one scale cannot hold. `path` gives that of a
+    block by its number."""
     blocks = 0
     smoothed, unsmoothed, kept = Counter[str](), Counter[tuple[str, str]](), Counter[str]()
     unreached = experts = 0
+    lost: dict[str, float] = {}
     for record in records:
+        lost |= {f"{path(blocks)}.{name}": linear.get("lost_channels", 0.0) for name, linear in record["linears"].items()}
         blocks += 1
         found = record["coverage"]
         smoothed.update(found["smoothed"])
@@ -83,5 +88,12 @@ def summary(records: Iterable[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{unreached} of {experts} experts were reached by no token of the calibration text and have the maxima of the other experts of "
             "their block (plan.json counts the tokens): more text would measure them."
+        )
+    worst = sorted((name for name, share in lost.items() if share >= MANY_LOST), key=lambda name: -lost[name])
+    if worst:
+        named = ", ".join(f"{name} ({lost[name]:.0%})" for name in worst[:3]) + (f" and {len(worst) - 3} more" if len(worst) > 3 else "")
+        lines.append(
+            f"one scale for all activations rounds channels of these inputs to 0, so large are a few others: {named}. Expect worse answers: "
+            "--activations token has a scale for each token, and --smooth all also smooths what no norm feeds."
         )
     return lines
