@@ -74,6 +74,17 @@ def test_a_named_backend_never_falls_back(tiny: Callable[..., Path], quantized: 
         load(tiny("llama"), backend="torch")
 
 
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_slow_products_are_told(
+    has_instructions: bool, tiny: Callable[..., Path], quantized: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of models that are not quantized, in 16 bits: all of their products are slow then."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: has_instructions)
+    for directory, dtype, told in ((tiny(), None, not has_instructions), (tiny(), torch.float32, False), (quantized, None, False)):
+        load(directory, dtype=dtype)
+        assert ("products in float16" in capfd.readouterr().err) == told
+
+
 def test_a_head_of_its_own_is_kept_whatever_config_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A fine-tune of a tied model may store a head that differs from the embedding; transformers then unties them, and so must we."""
     source = tmp_path / "source"
