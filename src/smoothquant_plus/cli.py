@@ -97,7 +97,13 @@ def command(function: Callable[..., Any], group: typer.Typer = app, **settings: 
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            size = {"linear": "fewer --tokens", "tune": "fewer --tokens", "model": "fewer --prompt-tokens"}.get(name, "a smaller --seq-len")
+            smaller = {
+                "linear": "fewer --tokens",
+                "tune": "fewer --tokens",
+                "model": "fewer --prompt-tokens",
+                "tasks": "a smaller --batch-size",
+            }
+            size = smaller.get(name, "a smaller --seq-len")
             err.print(f"error: {error} Nothing is lost: use {size}, or --device cpu.", markup=False)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
@@ -346,7 +352,7 @@ def eval_(
 def tasks(
     model: ModelOrOutput,
     task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A task of lm-eval, or a group of them; may be repeated.")] = None,
-    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; by default what the task says.", min=0)] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Examples before each question; by default as many as the task says.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task, the first ones.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,

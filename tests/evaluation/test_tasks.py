@@ -53,9 +53,13 @@ def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_target": "{{answer}}",
     }
     common |= {"metric_list": [{"metric": "acc"}]}
+    # Its standard error is bootstrapped, of which lm-eval tells on stdout.
+    correlated = {"metric_list": [{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}]}
     tasks = {
         "python_words": {},
+        "python_correlated": correlated,
         "python_code": {"unsafe_code": True},
+        "python_zero": {"num_fewshot": 0},
         "python_lost": {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
     }
     for name, own in tasks.items():
@@ -88,11 +92,24 @@ def test_scores_are_those_of_the_model(include: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_prints_scores(include: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["tasks", str(MODEL), "--task", "python_words", "--include", str(include), "--dtype", "float32"]
+    arguments = [
+        "tasks",
+        str(MODEL),
+        "--task",
+        "python_words",
+        "--task",
+        "python_correlated",
+        "--include",
+        str(include),
+        "--dtype",
+        "float32",
+    ]
     app([*arguments, "--json"], standalone_mode=False)
     printed = capfd.readouterr().out
     assert printed.count("\n") == 1
-    scores = json.loads(printed)["tasks"]["python_words"]
+    found = json.loads(printed)["tasks"]
+    scores = found["python_words"]
+    assert 0 < found["python_correlated"]["mcc_stderr,none"] < 1
     app(arguments, standalone_mode=False)
     assert f"{scores['acc,none']:.4f}" in capfd.readouterr().out
 
@@ -105,7 +122,8 @@ def test_bad_input(include: Path, tiny: Callable[..., Path], monkeypatch: pytest
         ([], {}, "give --task NAME"),
         (["python_word"], {}, "no task 'python_word'. Did you mean 'python_words'"),
         (["python_code"], {}, "python_code runs the code .* --run-code"),
-        (["python_lost"], {}, "the task python_lost cannot be made, or its data cannot be read"),
+        (["python_lost"], {}, "python_lost: a task cannot be made, or its data cannot be read"),
+        (["python_zero"], {"few_shot": 2}, "python_zero is asked without examples, always: leave --few-shot 2 out"),
         (["python_words"], {"include": include / "nothing"}, "there is no such directory"),
         (["python_words"], {"chat": True}, "has no chat template"),
     ]:

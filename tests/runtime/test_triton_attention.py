@@ -163,7 +163,17 @@ def test_the_ops_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="the cache does not fit"):
         triton.attention(query[..., :12].repeat(1, 1, 1, 2), layer.cache, 70, 16, scaling=0.2)
     with pytest.raises(ValueError, match="the cache does not fit"):
+        triton.attention(query.repeat(2, 1, 1, 1), layer.cache, 70, 16, scaling=0.2)
+    for more_keys, more_values in (
+        (key, value.repeat(1, 1, 1, 2)),
+        (key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1)),
+        (key[:, :1], value[:, :1]),
+    ):
+        with pytest.raises(ValueError, match="the cache does not fit"):
+            triton.cache_append(layer.cache, more_keys, more_values, 0)
+    with pytest.raises(ValueError, match="the cache does not fit"):
         triton.cache_append(layer.cache, key, value, 59)
+    assert not triton.attention(query, layer.cache, 0, 16, scaling=0.2).any()  # of no positions
 
 
 def test_ops_as_torch_wants_them() -> None:

@@ -3,8 +3,10 @@ and all others that it has, or that are declared for it in YAML."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,12 @@ from smoothquant_plus.text import load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+
+# How often questions are drawn again for the standard error of a metric that has no formula for it, which is known to 2% then: lm-eval's 100,000
+# times take minutes.
+RESAMPLED = 1000
+RUNS_CODE = "the task {} runs the code that the model writes on this machine: give --run-code to let it, in a sandbox of yours."
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ def evaluate_tasks(
     lm-eval's own. Tasks that run what the model wrote, such as HumanEval, need `run_code`: nothing protects this machine from it. `options` are
     those of `load`.
 
-    Raises InputError, before the model is read, when lm-eval is missing, for tasks that it does not have or whose data cannot be had, and for a
-    tokenizer without a chat template; and as `load` does.
+    Raises InputError, before the model is read, when lm-eval is missing, for tasks that it does not have, whose data cannot be had, or that do not
+    take these options, and for a tokenizer without a chat template; and as `load` does.
     """
     try:
         import datasets
@@ -61,34 +69,52 @@ def evaluate_tasks(
     tokenizer = load_tokenizer(Path(model))
     if chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"--chat: the tokenizer in {model} has no chat template.")
-    manager = TaskManager(include_path=None if include is None else str(include))
-    check_names(tasks, manager)
-    # Some of them ask for it when they are made.
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if run_code else "0"
-    for name in tasks:
+    # lm-eval prints; and tasks of code ask, when they are made, whether it may be run.
+    with contextlib.redirect_stdout(sys.stderr), environment("HF_ALLOW_CODE_EVAL", "1" if run_code else "0"):
+        manager = TaskManager(include_path=None if include is None else str(include))
+        check_names(tasks, manager)
         try:
-            loaded = manager.load(name)["tasks"]
-        except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"the task {name} cannot be made, or its data cannot be read: {error}") from error
-        unsafe = sorted(task for task, made in loaded.items() if getattr(made, "UNSAFE_CODE", False))
-        if unsafe and not run_code:
-            raise InputError(
-                f"the task {unsafe[0]} runs the code that the model writes on this machine: give --run-code to let it, in a sandbox of yours."
+            made = manager.load(list(tasks))["tasks"]
+        except (OSError, ValueError, ImportError, RuntimeError, LookupError, datasets.exceptions.DatasetsError) as error:
+            if "HF_ALLOW_CODE_EVAL" in str(error):
+                raise InputError(RUNS_CODE.format(", ".join(tasks))) from error
+            raise InputError(f"{', '.join(tasks)}: a task cannot be made, or its data cannot be read: {error}") from error
+        for name, task in sorted(made.items()):
+            if getattr(task, "UNSAFE_CODE", False) and not run_code:
+                raise InputError(RUNS_CODE.format(name))
+            if getattr(task, "MULTIMODAL", False):
+                raise InputError(f"the task {name} shows pictures, and this package runs language models alone: leave it out.")
+            if few_shot and task.config.num_fewshot == 0:  # lm-eval would go on without them
+                raise InputError(f"the task {name} is asked without examples, always: leave --few-shot {few_shot} out.")
+        wrapped = HFLM(pretrained=load(model, **options), tokenizer=tokenizer, batch_size=batch_size)
+        with torch.inference_mode():
+            found = lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=list(tasks),
+                num_fewshot=few_shot,
+                limit=limit,
+                apply_chat_template=chat,
+                task_manager=manager,
+                confirm_run_unsafe_code=run_code,
+                log_samples=False,
+                bootstrap_iters=RESAMPLED,
             )
-    wrapped = HFLM(pretrained=load(model, **options), tokenizer=tokenizer, batch_size=batch_size)
-    with torch.inference_mode():
-        found = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            num_fewshot=few_shot,
-            limit=limit,
-            apply_chat_template=chat,
-            task_manager=manager,
-            confirm_run_unsafe_code=run_code,
-            log_samples=False,
-        )
     scores = found["results"] | found.get("groups", {})
     return TaskScores({name: {metric: value for metric, value in row.items() if isinstance(value, float)} for name, row in scores.items()})
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """The variable `name` is `value` meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_names(tasks: Sequence[str], manager: TaskManager) -> None:

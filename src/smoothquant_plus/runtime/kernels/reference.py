@@ -94,7 +94,9 @@ def attention(
         scores = softcap * (scores / softcap).tanh()
     tokens, positions = scores.shape[-2:]
     if causal:
-        scores = scores.masked_fill(~torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens), float("-inf"))
+        scores = scores.masked_fill(
+            ~torch.ones(tokens, positions, dtype=torch.bool, device=scores.device).tril(positions - tokens), float("-inf")
+        )
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
     largest = scores.amax(dim=-1, keepdim=True)

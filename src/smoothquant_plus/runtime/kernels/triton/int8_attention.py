@@ -232,7 +232,9 @@ def merge_kernel(part_ptr, extent_ptr, y_ptr, parts, CHANNELS: tl.constexpr, VAL
 def cache_append(keys: Tensor, values: Tensor, scales: Tensor, key: Tensor, value: Tensor, at: int) -> None:
     """Write `key` (batch, KV heads, tokens, channels) and `value`, rounded, as the tokens from `at` on into a cache."""
     batch, heads, tokens, width = key.shape
-    if key.shape[:3] != value.shape[:3] or at + tokens > scales.shape[-1] or _stored(width) * PAGE != keys.shape[3]:
+    room = (batch, heads, keys.shape[2])
+    fits = keys.shape == (*room, _stored(width) * PAGE) and values.shape == (*room, _stored(value.shape[3]) * PAGE)
+    if not fits or key.shape[:3] != value.shape[:3] or at + tokens > scales.shape[-1]:
         raise ValueError("the cache does not fit the keys and values")
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     if key.numel():
@@ -259,12 +261,8 @@ def attention(
     values, `mask` bool or float32 (batch, heads, tokens, length), or None. Gives (batch, tokens, heads, channels)."""
     batch, heads, tokens, width = query.shape
     kv_heads = keys.shape[1]
-    if (
-        heads % kv_heads
-        or _stored(width) * PAGE != keys.shape[3]
-        or _stored(channels) * PAGE != values.shape[3]
-        or length > scales.shape[-1]
-    ):
+    fits = keys.shape[0] == batch and heads % kv_heads == 0 and length <= scales.shape[-1]
+    if not fits or _stored(width) * PAGE != keys.shape[3] or _stored(channels) * PAGE != values.shape[3]:
         raise ValueError("the cache does not fit the queries")
     if mask is not None and (mask.shape != (batch, heads, tokens, length) or mask.dtype not in (torch.bool, torch.float32)):
         raise ValueError("the mask does not fit")
@@ -344,11 +342,11 @@ def tokens_at_once(tokens: int, channels: int) -> int:
 def tile(rows: int, channels: int) -> tuple[int, int, int]:
     """How many rows a program takes, which its registers have to hold; its warps and stages: what has few rows waits for memory."""
     taken = min(64 if channels <= 128 else 32, max(16, triton.next_power_of_2(rows)))
-    return (taken, 8, 2) if taken > 16 else (taken, 4, 3)
+    return (taken, 8, 2) if taken > 16 else (taken, 4, 3 if channels <= 256 else 2)
 
 
 def shares(programs: int, pages: int, device: torch.device) -> tuple[int, int]:
     """How many programs share the positions of a row, and how many pages each takes."""
     _, _, multiprocessors = device_of(device)
-    share = cdiv(pages, max(1, min(SPLITS, WANTED * multiprocessors // programs)))
-    return cdiv(pages, share), share
+    share = max(1, cdiv(pages, max(1, min(SPLITS, WANTED * multiprocessors // programs))))
+    return max(1, cdiv(pages, share)), share

@@ -110,7 +110,7 @@ def attention(dtype: str) -> Iterator[Compilation]:
             tile, warps, stages = int8_attention.tile(rows, channels)
             constants = widths | {"CAUSAL": rows > 1, "CAPPED": False, "SPLIT": rows == 1, "ROWS": tile, "PAGE": PAGE}
             types = ATTENTION | {"y_ptr": "*fp32" if rows == 1 else "*FLOAT"}
-            for mask, masked in (("", {"mask_ptr": None}), (" masked", {})):
+            for mask, masked in (("", {"mask_ptr": None}), (" masked", {"mask_position": 1})):
                 name = f"attention {tile} rows{mask}, {channels} channels {dtype}"
                 yield compilation(name, int8_attention.attention_kernel, types, dtype, constants | masked, warps, stages)
         constants = {"CHANNELS": channels, "VALUES": widths["VALUES"], "PARTS": int8_attention.SPLITS}
