@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,3 +54,22 @@ def close(got: Tensor, right: Tensor, value: Tensor) -> None:
         rounding = 2 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 1e-5
         off = (got.float() - right.float()).abs() / value.float().abs().max()
         assert off.max() < 0.01 and (off > rounding).float().mean() < 0.02, off.max()
+
+
+NOT_FINITE = (1, 2, 2, 5, 70, 16, 16)
+
+
+def check_not_finite(ours: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> None:
+    """A NaN and an infinite number make NaN of what sees them, and of nothing else; the tensors are of the shape NOT_FINITE."""
+    right = ours(query, kept(key, value), 0.2, causal=True)
+    for bad in (float("nan"), float("inf")):
+        for which, place in itertools.product((0, 1, 2), (0, 67)):
+            tensors = [query.clone(), key.clone(), value.clone()]
+            tensors[which][0, 1, min(place, tensors[which].shape[2] - 1), 3] = bad
+            y = ours(tensors[0], kept(*tensors[1:]), 0.2, causal=True)
+            assert torch.equal(y[:, :, 0], right[:, :, 0])  # the other head
+            before = 0 if which == 0 else max(0, place - 65)
+            assert torch.equal(y[:, :before], right[:, :before])
+            hit = y[0, :, 1].isnan().any(dim=-1)
+            first = min(place, 4) if which == 0 else max(0, place - 65)  # token t sees 66 + t positions
+            assert not hit[:first].any() and (hit[first:].all() if which else hit.nonzero().flatten().tolist() == [first])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPTJForCausalLM, GptOssConfig, Lfm2Config, StaticCache
 
 import families
-from attention_cases import DTYPES, SHAPES, close, kept, random
+from attention_cases import DTYPES, NOT_FINITE, SHAPES, check_not_finite, close, kept, random
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
@@ -114,20 +113,7 @@ def test_results_depend_neither_on_threads_nor_on_what_is_beside(level: str) -> 
 
 
 def test_what_is_not_finite_stays_where_it_is(level: str) -> None:
-    shape = (1, 2, 2, 5, 70, 16, 16)
-    query, key, value = random(shape)
-    right = ours(query, kept(key, value), 0.2, causal=True)
-    for bad in (float("nan"), float("inf")):
-        for which, place in itertools.product((0, 1, 2), (0, 67)):
-            tensors = [query.clone(), key.clone(), value.clone()]
-            tensors[which][0, 1, min(place, tensors[which].shape[2] - 1), 3] = bad
-            y = ours(tensors[0], kept(*tensors[1:]), 0.2, causal=True)
-            assert torch.equal(y[:, :, 0], right[:, :, 0])  # the other head
-            before = 0 if which == 0 else max(0, place - 65)
-            assert torch.equal(y[:, :before], right[:, :before])
-            hit = y[0, :, 1].isnan().any(dim=-1)
-            first = min(place, 4) if which == 0 else max(0, place - 65)  # token t sees 66 + t positions
-            assert not hit[:first].any() and (hit[first:].all() if which else hit.nonzero().flatten().tolist() == [first])
+    check_not_finite(ours, *random(NOT_FINITE))
 
 
 def test_what_is_not_seen_leaves_no_trace(level: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import families
-from attention_cases import DTYPES, SHAPES, close, kept, random
+from attention_cases import DTYPES, NOT_FINITE, SHAPES, check_not_finite, close, kept, random
 from smoothquant_plus.runtime import attention as module
 from smoothquant_plus.runtime.attention import Int8Layer
 from smoothquant_plus.runtime.kernels import reference, triton
@@ -109,17 +108,7 @@ def test_a_cache_is_the_same_however_it_was_filled() -> None:
 
 
 def test_what_is_not_finite_stays_where_it_is() -> None:
-    query, key, value = tensors((1, 2, 2, 5, 70, 16, 16))
-    right = ours(query, kept(key, value), 0.2, causal=True)
-    for bad in (float("nan"), float("inf")):
-        for which, place in itertools.product((0, 1, 2), (0, 67)):
-            changed = [query.clone(), key.clone(), value.clone()]
-            changed[which][0, 1, min(place, changed[which].shape[2] - 1), 3] = bad
-            y = ours(changed[0], kept(*changed[1:]), 0.2, causal=True)
-            assert torch.equal(y[:, :, 0], right[:, :, 0])  # the other head
-            hit = y[0, :, 1].isnan().any(dim=-1)
-            first = min(place, 4) if which == 0 else max(0, place - 65)  # token t sees 66 + t positions
-            assert not hit[:first].any() and (hit[first:].all() if which else hit.nonzero().flatten().tolist() == [first])
+    check_not_finite(ours, *tensors(NOT_FINITE))
 
 
 def test_what_is_not_seen_leaves_no_trace() -> None:

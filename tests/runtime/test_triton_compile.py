@@ -43,8 +43,8 @@ def test_what_kernels_become(architecture: str, tmp_path: Path) -> None:
     for one in found:
         print(summary(architecture, one))  # noqa: T201  pytest -rP shows it
         scheme, kernel = one["name"].replace(",", "").split()[:2]
-        # Two registers before the loop of attention for one token, where the compiler keeps to 72 for more threads at once.
-        assert one["spilled"] <= (8 if scheme == "attention" else 0), one["name"]
+        # Two registers outside the loop of attention for one token of 256 channels, where the compiler keeps to 128 for more threads at once.
+        assert one["spilled"] <= (8 if (architecture, scheme) == ("sm_100", "attention") else 0), one["name"]
         if scheme == "attention":
             assert one["loop"].get(expected_instruction(architecture, "w8a8", int(kernel))), (one["name"], one["loop"])
         if kernel in ("fused", "scale_before", "scale_after"):

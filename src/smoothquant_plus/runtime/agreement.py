@@ -73,13 +73,18 @@ def compare_with_vllm(directory: Path) -> Agreement:
         tokens=len(chosen),
         same_tokens=int(chosen.sum()),
     )
+    check(agreement, directory)
+    return agreement
+
+
+def check(agreement: Agreement, directory: Path) -> None:
+    """Raises VerificationError where vLLM's answers differ by more than rounding."""
     allowed = max(TOLERANCE, min(LARGEST, ORDERS * agreement.own_difference))
     if not agreement.mean_difference <= allowed:
         raise VerificationError(
             f"vLLM does not answer as this package does: the log-probabilities of {directory} differ by {agreement.mean_difference:.3g} in the "
             f"mean, and {allowed:.2g} is more than rounding does."
         )
-    return agreement
 
 
 @torch.inference_mode()

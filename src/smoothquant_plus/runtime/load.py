@@ -31,7 +31,7 @@ from smoothquant_plus.progress import note, steps
 from smoothquant_plus.runtime.attention import check_attention, use_int8
 from smoothquant_plus.runtime.fuse import fuse
 from smoothquant_plus.runtime.linear import QuantLinear
-from smoothquant_plus.runtime.unquantized import speed_up
+from smoothquant_plus.runtime.unquantized import multiplies, speed_up
 
 
 def load(
@@ -115,13 +115,6 @@ def load(
     if scheme is not None and model.device.type == "cpu":  # what is not quantized stays as transformers has it
         speed_up(model)
     return model.eval()
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies in `dtype` with instructions that this processor has for it."""
-    mkldnn = torch.ops.mkldnn
-    known = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
-    return bool(known[dtype]()) if dtype in known else True
 
 
 def _read_linear(

@@ -22,6 +22,13 @@ from smoothquant_plus.runtime.linear import Bfloat16Linear
 NAME = "smoothquant_plus"
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies in `dtype` with instructions that this processor has for it."""
+    mkldnn = torch.ops.mkldnn
+    known = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported, torch.float16: mkldnn._is_mkldnn_fp16_supported}
+    return bool(known[dtype]()) if dtype in known else True
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -49,7 +56,7 @@ def attention(
         seen = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, float("-inf")) if seen else scores + attention_mask
     weights = scores.softmax(dim=-1).to(value.dtype)
-    if value.dtype == torch.bfloat16 and heads > key.shape[1] and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if value.dtype == torch.bfloat16 and heads > key.shape[1] and not multiplies(value.dtype):
         # Without instructions for it, PyTorch's product of several rows of bfloat16 numbers takes three to six times as long as this.
         y = (weights.float() @ value.float()).to(value.dtype)
     else:
