@@ -130,7 +130,7 @@ def test_the_shape_may_be_missing(scheme: Scheme, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_a_declared_scheme_comes_back(scheme: Scheme) -> None:
     config = json.loads(json.dumps({"quantization_config": quantization_config(scheme, ["lm_head"], ["lm_head"])}))
-    assert read_scheme(config, Path("OUT"), ["lm_head"]) == scheme
+    assert read_scheme(config, Path("OUT"), ["lm_head"]) == scheme.model_copy(update={"ignore": ("lm_head",)})
 
 
 def group_of(scheme: Scheme, **changes: Any) -> dict[str, Any]:
@@ -150,6 +150,8 @@ def group_of(scheme: Scheme, **changes: Any) -> dict[str, Any]:
         {"weights": {"group_size": None}},
         {"weights": {"strategy": "channel", "group_size": None}},
         {"weights": {"actorder": "group"}},
+        {"weights": {"type": "float"}},
+        {"output_activations": {"num_bits": 8}},
         {"weights": None},
         {"input_activations": {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}},
     ],
@@ -159,3 +161,30 @@ def test_another_4_bit_format_is_refused(changes: dict[str, Any]) -> None:
     """What other tools write in the same format and this package would compute wrongly."""
     with pytest.raises(InputError, match=r"OUT/config\.json declares a quantization that cannot be run here"):
         read_scheme({"quantization_config": group_of(find_scheme("w4a16"), **changes)}, Path("OUT"), ["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8}}, "declares a quantized KV cache"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "declares transforms of activations"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "declares sparse weights"),
+        ({"ignore": ["re:("]}, "unterminated subpattern"),
+        ({"ignore": [3]}, "cannot be run here"),
+    ],
+    ids=str,
+)
+def test_what_else_changes_the_result_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_scheme({"quantization_config": group_of(find_scheme("w8a8")) | changes}, Path("OUT"), ["lm_head"])
+
+
+@pytest.mark.parametrize("order", ["static", "weight", None])
+def test_what_changes_nothing_is_not(order: str | None) -> None:
+    """An order in which another tool rounded channels, and sections that say nothing."""
+    declared = group_of(find_scheme("w4a16"), weights={"actorder": order}) | {
+        "sparsity_config": {"format": "dense", "sparsity_structure": "unstructured"},
+        "transform_config": {},
+        "kv_cache_scheme": None,
+    }
+    assert read_scheme({"quantization_config": declared}, Path("OUT"), ["lm_head"]) == find_scheme("w4a16")

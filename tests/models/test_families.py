@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CompressedTensorsConfig
 
 import families
 from families import IDS, relative
 from smoothquant_plus.demo.outliers import plant_outliers
-from smoothquant_plus.errors import VerificationError
+from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.inspection import inspect
 from smoothquant_plus.models.blocks import Decoder, linears
 from smoothquant_plus.models.checkpoint import Checkpoint
@@ -195,6 +196,40 @@ def test_transformers_reads_it_by_itself(
         assert relative(ours, theirs) > 0.1, "it can be read after all"
     else:
         assert relative(ours, logits(read_by_transformers(name, out))) < close
+
+
+@pytest.mark.parametrize("scheme", ["static", "w4a16-symmetric"])
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
+def test_what_llm_compressor_writes_is_read(
+    name: str, scheme: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """One file without a plan, scales in the model's dtype, the order of GPTQ, and layers that a pattern and a name leave; transformers is
+    the other reader."""
+    quantize(tiny(name), tmp_path / "ours", calibration=calibration, **SCHEMES[scheme])
+    ours, source, theirs = Checkpoint(tmp_path / "ours"), Checkpoint(tiny(name)), tmp_path / "theirs"
+    linear = sorted(each.removesuffix(".weight_scale") for each in ours.tensors if each.endswith(".weight_scale"))
+    left = linear[::5]
+    tensors = {each: ours.read(each) for each in ours.tensors if each.rpartition(".")[0] not in left or each.endswith(".bias")}
+    tensors = {each: tensor.bfloat16() if each.endswith("_scale") else tensor for each, tensor in tensors.items()}
+    tensors |= {f"{each}.weight": source.read(f"{each}.weight") for each in left}
+    shutil.copytree(tmp_path / "ours", theirs, ignore=shutil.ignore_patterns("*.safetensors*", "plan.json", "manifest.json"))
+    save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, theirs / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((theirs / "config.json").read_text())
+    declared = config["quantization_config"]
+    declared["ignore"] += [f"re:.*{re.escape(each.removeprefix('transformer.'))}$" for each in left[1:]] + left[:1]
+    declared["config_groups"]["group_0"]["weights"]["actorder"] = "static"
+    declared |= {"transform_config": {}, "sparsity_config": {"format": "dense"}}
+    (theirs / "config.json").write_text(json.dumps(config))
+
+    model = load(theirs, dtype=torch.float32)
+    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, (QuantLinear, nn.Linear))]
+    assert kinds.count("QuantLinear") == len(linear) - len(left) and kinds.count("Linear") >= len(left) >= 2
+    assert relative(logits(model), logits(read_by_transformers(name, theirs))) < 5e-3
+    assert relative(logits(model), logits(load(tmp_path / "ours", dtype=torch.float32))) > 1e-4  # the layers that are left matter
+    declared["ignore"] = declared["ignore"][:-1]
+    (theirs / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"'{re.escape(left[0])}"):
+        load(theirs)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])

@@ -43,7 +43,8 @@ class Quant(BaseModel):
 
 class Scheme(BaseModel):
     """What the two operands of every linear layer in the decoder blocks become (`inputs` None: they stay as they are), and what those of the
-    output head become: None leaves it alone, as both papers do."""
+    output head become: None leaves it alone, as both papers do. `ignore` names linear layers that stay as they are, or begins with `re:` and is a
+    pattern of such names: `quantize` leaves none, checkpoints of others do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +52,7 @@ class Scheme(BaseModel):
     weights: Quant
     inputs: Quant | None
     head: Scheme | None = None
+    ignore: tuple[str, ...] = ()
 
     @property
     def static(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -461,13 +462,21 @@ def linears(block: nn.Module, family: Family) -> dict[str, nn.Linear]:
 
 
 def quantized_linears(model: Any, family: Family, scheme: Scheme) -> dict[str, tuple[nn.Linear, Scheme]]:
-    """Every linear layer of the model that `scheme` quantizes, by its path, with what becomes of it: those of the blocks, and the output head
-    if the scheme has one for it. Raises InputError for a head that is not a linear layer."""
-    blocks = decoder_blocks(model, family)
+    """Every linear layer of the model that `scheme` quantizes, by its path, with what becomes of it: those of the blocks that it does not ignore,
+    and the output head if the scheme has one for it. Raises InputError for a head that is not a linear layer."""
+    names = {name for name in scheme.ignore if not name.startswith("re:")}
+    patterns = [re.compile(name.removeprefix("re:")) for name in scheme.ignore if name.startswith("re:")]
+
+    def ignored(path: str) -> bool:
+        """As compressed-tensors reads it: names are whole, patterns begin at the beginning."""
+        spellings = [spelling.removesuffix(".weight") for spelling in family.spellings(f"{path}.weight")]
+        return not names.isdisjoint(spellings) or any(pattern.match(spelling) for pattern in patterns for spelling in spellings)
+
     found = {
         f"{family.blocks}.{index}.{name}": (linear, scheme)
-        for index, block in enumerate(blocks)
+        for index, block in enumerate(decoder_blocks(model, family))
         for name, linear in linears(block, family).items()
+        if not ignored(f"{family.blocks}.{index}.{name}")
     }
     if scheme.head is not None:
         path, head = head_path(model), model.get_output_embeddings()

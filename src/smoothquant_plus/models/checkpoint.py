@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,11 +214,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-# What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), in GPT-2
-# (K, N), float32 `weight_scale` (N, 1) or (1,),
-# and for static activations float32 `input_scale` (1,). 4 bits: int32 `weight_packed` (N, K / 8), `weight_scale` (N, K / g) in the dtype
-# of the weight that was quantized, `weight_shape` int64 (2,), which may be missing, and for asymmetric ones int32 `weight_zero_point`
-# (N / 8, K / g), packed along N. The bias keeps its name and dtype.
+# What a quantized linear layer is on disk (docs/formats.md), by suffix. 8 bits: int8 `weight` (N, K), in GPT-2 (K, N), float32 `weight_scale`
+# (N, 1) or (1,), and for static activations float32 `input_scale` (1,); llm-compressor writes both scales in the model's dtype. 4 bits: int32
+# `weight_packed` (N, K / 8), `weight_scale` (N, K / g) in the dtype of the weight that was quantized, `weight_shape` int64 (2,), which may be
+# missing, and for asymmetric ones int32 `weight_zero_point` (N / 8, K / g), packed along N. The bias keeps its name and dtype.
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -237,9 +237,13 @@ def linear_tensors(weight: QuantizedWeight, input_scale: Tensor | None, transpos
     return tensors if input_scale is None else {**tensors, "input_scale": input_scale}
 
 
-def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, transposed: bool = False) -> Layout:
-    """Suffix, dtype and shape of each tensor of a quantized linear (rows, columns), without its bias; the scales of 4-bit weights are
-    stored in `scale_dtype`."""
+def linear_layout(scheme: Scheme, rows: int, columns: int, weight_dtype: torch.dtype, transposed: bool = False) -> Layout:
+    """Suffix, dtype and shape of each tensor that `quantize` writes for a linear (rows, columns) whose weight was in `weight_dtype`, without its
+    bias."""
+    return _layout(scheme, rows, columns, weight_dtype if scheme.weights.group_size else torch.float32, transposed)
+
+
+def _layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, transposed: bool) -> Layout:
     layout: Layout
     if scheme.weights.group_size:
         groups = columns // scheme.weights.group_size
@@ -251,15 +255,15 @@ def linear_layout(scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dt
         return layout if scheme.weights.symmetric else {**layout, "weight_zero_point": (torch.int32, (-(-rows // 8), groups))}
     scale = (rows, 1) if scheme.weights.strategy == "channel" else (1,)
     shape = (columns, rows) if transposed else (rows, columns)
-    layout = {"weight": (torch.int8, shape), "weight_scale": (torch.float32, scale)}
-    return {**layout, "input_scale": (torch.float32, (1,))} if scheme.static else layout
+    layout = {"weight": (torch.int8, shape), "weight_scale": (scale_dtype, scale)}
+    return {**layout, "input_scale": (scale_dtype, (1,))} if scheme.static else layout
 
 
 def stored_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int, transposed: bool = False) -> Layout:
     """`linear_layout` of the linear `name` (rows, columns) in a quantized `checkpoint`, whatever float dtype its scales are in."""
     found = checkpoint.tensors.get(f"{name}.weight_scale")
     dtype = found.dtype if found is not None and found.dtype.is_floating_point else torch.float32
-    return linear_layout(scheme, rows, columns, dtype, transposed)
+    return _layout(scheme, rows, columns, dtype, transposed)
 
 
 def wrong_layout(checkpoint: Checkpoint, name: str, scheme: Scheme, rows: int, columns: int, transposed: bool = False) -> list[str]:
@@ -294,7 +298,8 @@ def read_linear(
     }
     if scheme.weights.bits == 8:
         values = tensors["weight"].t().contiguous() if transposed else tensors["weight"]
-        return QuantizedWeight(values, tensors["weight_scale"], scheme.weights), tensors.get("input_scale")
+        scales = {suffix: scale.float() for suffix, scale in tensors.items() if suffix != "weight"}
+        return QuantizedWeight(values, scales["weight_scale"], scheme.weights), scales.get("input_scale")
     if SHAPE in tensors and tensors[SHAPE].tolist() != [rows, columns]:
         raise InputError(f"{checkpoint.directory}: '{name}.{SHAPE}' is {tensors[SHAPE].tolist()}, and the layer is {[rows, columns]}.")
     return unpack(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"), scheme.weights), None
@@ -311,6 +316,8 @@ def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, quant: Quan
 # What compressed-tensors calls our schemes, what it calls several in one checkpoint, and the fields of a Quant.
 FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
 MIXED = "mixed-precision"
+# Keys of others' quantization_config that change what is computed.
+NOT_RUN = {"kv_cache_scheme": "a quantized KV cache", "transform_config": "transforms of activations", "sparsity_config": "sparse weights"}
 ARGUMENTS = {"bits": "num_bits", "strategy": "strategy", "group_size": "group_size", "symmetric": "symmetric", "dynamic": "dynamic"}
 
 
@@ -367,25 +374,33 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
             f"{where / CONFIG} has config groups for {' and '.join(map(str, targets))}, which cannot be run here: one for ['Linear'] can, and "
             f"a second one for the output head alone, {named}."
         )
-    if any(name.startswith("re:") for name in declared.get("ignore") or ()):
-        raise InputError(f"{where / CONFIG} quantizes some linear layers of a block and leaves others, which cannot be run here.")
-    if declared.get("kv_cache_scheme"):
-        raise InputError(f"{where / CONFIG} declares a quantized KV cache, which cannot be run here.")
+    for key, what in NOT_RUN.items():
+        if declared.get(key) and not (
+            isinstance(declared[key], dict) and declared[key].get("format") == "dense"
+        ):  # says that it is nothing
+            raise InputError(f"{where / CONFIG} declares {what} ({key}), which cannot be run here.")
     try:
         schemes = [_scheme_of(group, form) for group, form in zip(groups, forms, strict=True)]
-    except (KeyError, ValueError) as error:
+        ignore = tuple(declared.get("ignore") or ())
+        for name in ignore:
+            re.compile(name.removeprefix("re:"))
+    except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
-    return schemes[0].model_copy(update={"head": schemes[1] if len(schemes) > 1 else None})
+    return schemes[0].model_copy(update={"head": schemes[1] if len(schemes) > 1 else None, "ignore": ignore})
 
 
 def _scheme_of(group: Mapping[str, Any], form: str) -> Scheme:
     """The scheme of a config group in the format `form`. Raises ValueError, or KeyError, for one that this package does not run."""
 
     def quant(arguments: Mapping[str, Any] | None) -> Quant:
-        if (arguments or {}).get("actorder"):
-            raise ValueError("input channels that are reordered (actorder)")
+        if (arguments or {}).get("actorder") not in (None, False, "static", "weight"):  # those leave no trace in what is stored
+            raise ValueError("groups of reordered input channels (actorder)")
+        if (arguments or {}).get("type", "int") != "int":
+            raise ValueError(f"numbers of type {(arguments or {})['type']!r}")
         return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in ARGUMENTS.items()})
 
+    if group.get("output_activations"):
+        raise ValueError("quantized outputs (output_activations)")
     name = next(name for name, known in FORMATS.items() if known == form)
     weights = quant(group["weights"])
     if name == "w4a16":

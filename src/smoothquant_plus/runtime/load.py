@@ -21,9 +21,9 @@ from smoothquant_plus.models.blocks import (
     head_path,
     head_paths,
     is_transposed,
-    linears,
     load_config,
     open_family,
+    quantized_linears,
 )
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
 from smoothquant_plus.models.families import Family
@@ -64,7 +64,8 @@ def load(
         raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
     if scheme is None and arithmetic is not None:
         raise InputError(f"{directory} is not quantized, so no arithmetic can be chosen for it.")
-    run_as = None if scheme is None else with_arithmetic(scheme, arithmetic)
+    if scheme is not None:
+        with_arithmetic(scheme, arithmetic)  # raises before anything is read
     if scheme is None and torch.device(device).type == "cpu" and not multiplies(dtype):
         name = str(dtype).removeprefix("torch.")
         note(
@@ -81,22 +82,13 @@ def load(
         assign(model, name, buffer.to(device))
 
     blocks = decoder_blocks(model, family)
-    quantized: set[str] = set()
-    with steps("load block", len(blocks)) as progress:
-        for index, block in enumerate(blocks):
-            for name, linear in linears(block, family).items() if scheme else ():
-                path = f"{family.blocks}.{index}.{name}"
-                loaded = _read_linear(checkpoint, family, names, path, linear, run_as, device, dtype, backend)
-                model.set_submodule(path, loaded)
-                quantized.add(path)
-            progress.step()
+    quantized = quantized_linears(model, family, scheme) if scheme else {}
     head_at = head_path(model)
-    if scheme and scheme.head:
-        assert head_at is not None  # of a scheme that was read for it
-        head_as = with_arithmetic(scheme.head, arithmetic) if scheme.head.name == scheme.name else scheme.head
-        head = model.get_output_embeddings()
-        model.set_submodule(head_at, _read_linear(checkpoint, family, names, head_at, head, head_as, device, dtype, backend))
-        quantized.add(head_at)
+    with steps("load layer", len(quantized)) as progress:
+        for path, (linear, own) in quantized.items():
+            run_as = with_arithmetic(own, arithmetic) if scheme and own.name == scheme.name else own  # a head may have another scheme
+            model.set_submodule(path, _read_linear(checkpoint, family, names, path, linear, run_as, device, dtype, backend))
+            progress.step()
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
             tensor = checkpoint.read(disk)
@@ -123,12 +115,11 @@ def _read_linear(
     names: dict[str, str],
     path: str,
     linear: nn.Linear,
-    scheme: Scheme | None,
+    scheme: Scheme,
     device: str,
     dtype: torch.dtype,
     backend: str | None,
 ) -> QuantLinear:
-    assert scheme is not None
     disk = names[f"{path}.weight"].removesuffix(".weight")
     transposed = is_transposed(family, f"{path}.weight", linear.weight)
     weight, input_scale = read_linear(checkpoint, disk, scheme, linear.out_features, linear.in_features, transposed)
