@@ -13,39 +13,57 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BloomConfig,
     CLIPVisionConfig,
+    Cohere2Config,
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
+    Ernie4_5Config,
+    Exaone4Config,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    MiniMaxM2Config,
+    Ministral3Config,
+    MinistralConfig,
     Mistral3Config,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
     Starcoder2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -63,6 +81,18 @@ COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "p
 LLAMA_SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Of Ministral 3: longer than it was trained, and queries that grow with their position.
+ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
@@ -170,6 +200,73 @@ TINY: dict[str, Any] = {
         **MIXTURE,
         **COMMON,
     ),
+    # With layers that have no positions, multipliers, and biases where the family has them.
+    "smollm3": SmolLM3Config(**LLAMA_SHAPE, num_key_value_heads=2, no_rope_layers=[1, 0], **COMMON),
+    "granite": GraniteConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        residual_multiplier=0.5,
+        attention_multiplier=0.25,
+        embedding_multiplier=2.0,
+        logits_scaling=2.0,
+        **COMMON,
+    ),
+    "seed-oss": SeedOssConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, attention_out_bias=True, mlp_bias=True, **COMMON),
+    "ernie4-5": Ernie4_5Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, use_bias=True, **COMMON),
+    "hunyuan": HunYuanDenseV1Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, **COMMON),
+    "ministral": MinistralConfig(
+        **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], **COMMON
+    ),
+    "ministral3": Ministral3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=ROPE, **COMMON),
+    "olmo3": Olmo3Config(**LLAMA_SHAPE, num_key_value_heads=2, sliding_window=8, **COMMON),
+    "exaone4": Exaone4Config(
+        **LLAMA_SHAPE, num_key_value_heads=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"], **COMMON
+    ),
+    "cohere2": Cohere2Config(**LLAMA_SHAPE, num_key_value_heads=2, sliding_window=8, **COMMON),
+    "nemotron": NemotronConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, **COMMON),
+    "apertus": ApertusConfig(**LLAMA_SHAPE, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **COMMON),
+    "phi": PhiConfig(**LLAMA_SHAPE, num_key_value_heads=2, qk_layernorm=True, **COMMON),
+    "olmoe": OlmoeConfig(**LLAMA_SHAPE, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, **COMMON),
+    "minimax-m2": MiniMaxM2Config(
+        **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, rotary_dim=8, **COMMON
+    ),
+    "glm4-moe": Glm4MoeConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        use_qk_norm=True,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "dots1": Dots1Config(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        **MIXTURE,
+        **COMMON,
+    ),
+    **{
+        f"ernie4-5-moe-{shared}-shared": Ernie4_5_MoeConfig(
+            **LLAMA_SHAPE,
+            num_key_value_heads=2,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=32,
+            moe_num_shared_experts=shared,
+            moe_layer_start_index=1,
+            **COMMON,
+        )
+        for shared in (0, 2)
+    },
     "llava": LlavaConfig(
         text_config=LlamaConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
         vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
@@ -197,13 +294,20 @@ TINY: dict[str, Any] = {
     ),
 }
 
+# Those with experts, and those whose norms feed no linear layer.
+MIXTURES = (
+    *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"),
+    *("olmoe", "minimax-m2", "glm4-moe", "dots1", "ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared"),
+)
+NORMS_AFTER = ("olmo2", "olmo3", "exaone4")
+
 # What transformers' own loader cannot read, per scheme, and why.
 FUSED = "its loader stacks the experts' weights into one tensor, and cannot do that with integers"
 CONV1D = "the layers are Conv1D there, and compressed-tensors quantizes nn.Linear"
 OWN_LINEAR = "its linear layers read their weight themselves, past compressed-tensors"
 SHAPELESS = "it needs `weight_shape`, and takes whatever is in memory where that is missing"
 UNREADABLE: dict[tuple[str, str], str] = {
-    **{(name, "w8a8"): FUSED for name in ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3")},
+    **{(name, "w8a8"): FUSED for name in MIXTURES},
     **{("gpt2", scheme): CONV1D for scheme in ("w8a8", "w4a16")},
     ("bloom", "w4a16"): SHAPELESS,
     **{(name, "w4a16"): OWN_LINEAR for name in ("falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")},

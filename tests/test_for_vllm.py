@@ -27,7 +27,6 @@ from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.verification import MANIFEST, verify
 
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3")
 WRAPPERS = ("llava", "llava-next", "gemma3-vision", "mistral3")
 BFLOAT16 = ("gemma2", "gemma3", "glm4", "gemma3-vision")
 W4A16: dict[str, Any] = {"name": "w4a16", "group_size": 32}
@@ -44,8 +43,8 @@ STATIC: dict[str, Any] = {"name": "w8a8", "activations": "static"}
 PER_TENSOR: dict[str, Any] = {"name": "w8a8", "weights": "tensor"}
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("llama", {"name": "w8a8", "activations": "tensor"}, "dynamic per-tensor INT8 activations", "--activations token"),
-    *((name, STATIC, "no experts with static activations", "--activations token") for name in MIXTURES),
-    *((name, PER_TENSOR, "no INT8 weights with one scale for all", "--weights channel") for name in MIXTURES),
+    *((name, STATIC, "no experts with static activations", "--activations token") for name in families.MIXTURES),
+    *((name, PER_TENSOR, "no INT8 weights with one scale for all", "--weights channel") for name in families.MIXTURES),
     ("bloom", STATIC, "cannot cut a static scale", "--activations token"),
     ("bloom", PER_TENSOR, "cannot cut a scale of the whole weight", "--weights channel"),
     ("llama", {**W4A16, "lm_head": "w4a16"}, "zero points .* lm_head has 257", "--symmetric"),
@@ -90,11 +89,11 @@ def test_zero_points_of_small_heads_of_bloom(tmp_path: Path, decoder: Callable[.
 def test_every_family_can_be_made_for_vllm(name: str, decoder: Callable[..., Decoder]) -> None:
     """And what holds on some machines only is said."""
     schemes = [find_scheme("w8a8"), find_scheme(**W4A16), find_scheme(**SYMMETRIC)]
-    if name not in (*MIXTURES, "bloom"):
+    if name not in (*families.MIXTURES, "bloom"):
         schemes += [find_scheme("w8a8", "static"), find_scheme("w8a8", "static", "tensor")]
     for scheme in schemes:
         notes = check_for_vllm(decoder(name), scheme)
-        assert any("a CPU without AMX" in note for note in notes) == (name in MIXTURES)
+        assert any("a CPU without AMX" in note for note in notes) == (name in families.MIXTURES)
         assert any("refuses to run this family in float16" in note for note in notes) == (name in BFLOAT16)
         narrow = scheme.name == "w4a16" and name.startswith("deepseek")
         assert any("kv_a_proj_with_mqa has 40: a GPU can run this" in note for note in notes) == narrow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import sys
@@ -67,8 +68,34 @@ Attention = Annotated[
     typer.Option(help="int8: both products of attention, and the cache of keys and values, in 8 bits. Default: as in transformers."),
 ]
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Tables alone: whatever else is printed may be a path or a model's words, in which Rich would see markup, emoji and tabs.
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    sys.stdout.write(f"{text}\n")
+
+
+def complain(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(f"{text}\n")
+
+
+# What a command that ran out of memory could have been given instead.
+SMALLER = {
+    **dict.fromkeys(("quantize", "calibrate", "eval"), "a smaller --seq-len"),
+    **dict.fromkeys(("linear", "tune"), "fewer --tokens"),
+    "model": "fewer --prompt-tokens",
+    "tasks": "a smaller --batch-size",
+    "generate": "fewer --max-new-tokens",
+}
+RESUMED = ("quantize", "calibrate")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, which is not imported here, or Python found no memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def command(function: Callable[..., Any], group: typer.Typer = app, **settings: Any) -> Callable[..., None]:
@@ -84,31 +111,29 @@ def command(function: Callable[..., Any], group: typer.Typer = app, **settings: 
         if name != "tasks" and not any(text.startswith("hf:") for text in kwargs.get("text") or ()):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to fail
         try:
             function(*args, **kwargs)
         except (InputError, VerificationError) as error:
-            err.print(f"error: {error}", markup=False)
+            complain(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = " The disk is full: free some space and run the same command again, it continues where it was." if full else ""
-            err.print(f"error: {error}.{hint}", markup=False)
+            continues = ", it continues where it was" if name in RESUMED else ""
+            hint = f" The disk is full: free some space and run the same command again{continues}." if full else ""
+            complain(f"error: {error}.{hint}")
             raise typer.Exit(2) from error
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
-            smaller = {
-                "linear": "fewer --tokens",
-                "tune": "fewer --tokens",
-                "model": "fewer --prompt-tokens",
-                "tasks": "a smaller --batch-size",
-            }
-            size = smaller.get(name, "a smaller --seq-len")
-            err.print(f"error: {error} Nothing is lost: use {size}, or --device cpu.", markup=False)
+            instead = [*([SMALLER[name]] if name in SMALLER else []), *(["--device cpu"] if kwargs.get("device", "cpu") != "cpu" else [])]
+            complain(f"error: there is not enough memory{f': use {chr(32).join(instead)}' if instead else ''} ({error or 'MemoryError'}).")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            resumes = name in ("quantize", "calibrate")
-            err.print("interrupted: nothing is lost, run the same command again to continue." if resumes else "interrupted.")
+            again = ": what is finished is kept, run the same command again to continue." if name in RESUMED else "."
+            complain(f"interrupted{again}")
             raise typer.Exit(130) from error
 
     return group.command(name, **settings)(run)
@@ -132,15 +157,15 @@ def show_tables(tables: Iterable[tuple[str, list[str], list[list[str]]]], remark
         else:
             for cells in lines:
                 named = "; ".join(f"{column} {cell}" for column, cell in zip(columns[1:], cells[1:], strict=True))
-                out.print(f"{title} {cells[0]}: {named}".replace("\n", ", "), markup=False)
+                say(f"{title} {cells[0]}: {named}".replace("\n", ", "))
     for remark in remarks:
-        out.print(remark, markup=False)
+        say(remark)
 
 
 def check_file(path: Path | None) -> None:
     """Raises InputError when there is no place for a file that is written only after long work."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(f"--json {path}: give the name of a file in a directory that exists.")
+    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise InputError(f"--json {path}: give the name of a file in a directory that exists and can be written to.")
 
 
 def save_json(path: Path | None, value: Any) -> None:
@@ -221,7 +246,7 @@ def quantize(
     )
 
     def human() -> None:
-        out.print(
+        say(
             f"{result.output}: {result.scheme}, {result.blocks} blocks, alpha {result.alpha}, {result.bytes_before / 1e6:.1f} MB -> "
             f"{result.bytes_after / 1e6:.1f} MB, equivalence error {result.equivalence_error:.1e}, {result.seconds:.1f} s, "
             f"peak memory {result.peak_rss_mb / 1e3:.2f} GB"
@@ -275,7 +300,7 @@ def calibrate(
         smooth=smooth,
         search=make_search(samples_search, search_memory),
     )
-    show({"output": str(path)}, as_json, lambda: out.print(str(path)))
+    show({"output": str(path)}, as_json, lambda: say(str(path)))
 
 
 @command
@@ -293,18 +318,16 @@ def verify(
     report = run(output, against, vllm)
 
     def human() -> None:
-        out.print(
-            f"{output}: {report.files} files, {report.tensors} tensors and {report.linears} quantized weights are as they were written"
-        )
+        say(f"{output}: {report.files} files, {report.tensors} tensors and {report.linears} quantized weights are as they were written")
         if report.equivalence_error is not None:
             table = Table("linear", "relative weight error")
             for name, error in report.weight_error.items():
                 table.add_row(name, f"{error:.2e}")
             out.print(table)
-            out.print(f"every tensor follows from {against}; largest equivalence error of a block {report.equivalence_error:.1e}")
+            say(f"every tensor follows from {against}; largest equivalence error of a block {report.equivalence_error:.1e}")
         if report.vllm is not None:
             found = report.vllm
-            out.print(
+            say(
                 f"vLLM answers the same: log-probabilities differ by {found.mean_difference:.1e} in the mean, {found.largest_difference:.1e} at "
                 f"most ({found.own_difference:.1e} between two orders of adding up here), and {found.same_tokens} of {found.tokens} greedy "
                 "tokens are the same"
@@ -323,7 +346,7 @@ def plot(
     from smoothquant_plus.evaluation.plot import plot as run
 
     paths = [str(path) for path in run(output, directory)]
-    show({"files": paths}, as_json, lambda: out.print("\n".join(paths)))
+    show({"files": paths}, as_json, lambda: say("\n".join(paths)))
 
 
 @command
@@ -346,7 +369,7 @@ def eval_(
 
     how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
     result = run(model, tuple(text or ()), seq_len=seq_len, stride=stride, **how)
-    show(result, as_json, lambda: out.print(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
+    show(result, as_json, lambda: say(f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}, {result.tokens} tokens)"))
 
 
 @command
@@ -413,7 +436,7 @@ def generate(
 
     how = {"device": device, "dtype": parse_dtype(dtype), "backend": backend, "arithmetic": arithmetic, "attention": attention}
     text = run(model, prompt, max_new_tokens=max_new_tokens, **how)
-    show({"prompt": prompt, "text": text}, as_json, lambda: out.print(prompt + text, markup=False))
+    show({"prompt": prompt, "text": text}, as_json, lambda: say(prompt + text))
 
 
 @functools.partial(command, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -426,7 +449,7 @@ def serve(
     from smoothquant_plus.runtime.serve import server_command
 
     server, environment = server_command(model, scheme, context.args)
-    err.print(" ".join([*(f"{name}={value}" for name, value in environment.items()), *server]), markup=False)
+    complain(" ".join([*(f"{name}={value}" for name, value in environment.items()), *server]))
     os.execve(server[0], server, os.environ | environment)
 
 
@@ -439,7 +462,9 @@ def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, lm_head
 
     def human() -> None:
         alpha = "none published (0.5 is used)" if found.alpha is None else f"{found.alpha:g} (published)"
-        out.print(f"family {found.family}, {found.blocks} blocks, {found.parameters / 1e9:.3f} B parameters, alpha {alpha}")
+        say(f"family {found.family}, {found.blocks} blocks, {found.parameters / 1e9:.3f} B parameters, alpha {alpha}")
+        if found.quantized is not None:
+            say(f"it is quantized already ({found.quantized}): what follows is said of the full-precision model that it was made of")
         pairs = Table("source", "feeds", "smoothed by")
         for pair in found.pairs:
             pairs.add_row(pair["source"], ", ".join(pair["sinks"]), f"--smooth {pair['smooth']}")
@@ -449,7 +474,7 @@ def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, lm_head
             sizes.add_row(name, f"{size / 1e9:.3f}", f"{before / size:.2f}x smaller" if size != before else "")
         out.print(pairs)
         out.print(sizes)
-        out.print(f"memory to quantize with {samples} samples of {seq_len} tokens: about {found.memory_to_quantize / 1e9:.1f} GB")
+        say(f"memory to quantize with {samples} samples of {seq_len} tokens: about {found.memory_to_quantize / 1e9:.1f} GB")
 
     show(found, as_json, human)
 
@@ -465,16 +490,16 @@ def demo(
     found = run(output)
 
     def human() -> None:
-        out.print(found.introduction)
+        say(found.introduction)
         table = Table("model", "alpha", "perplexity", "size MB", "tokens/s")
         for row in found.rows:
             alpha = "" if row.alpha is None else f"{row.alpha:g}"
             table.add_row(row.name, alpha, f"{row.perplexity:.3f}", f"{row.megabytes:.2f}", f"{row.tokens_per_second:.0f}")
         out.print(table)
         for row in found.rows:
-            out.print(f"\n--- {row.name}", markup=False)
-            out.print(found.prompt + row.text, markup=False)
-        out.print(found.closing)
+            say(f"\n--- {row.name}")
+            say(found.prompt + row.text)
+        say(found.closing)
 
     show(found, as_json, human)
 
@@ -580,7 +605,7 @@ def serve_(
 def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """SmoothQuant and SmoothQuant+: 8-bit and 4-bit checkpoints of language models that answer like the original."""
     if version:
-        out.print(__version__)
+        say(__version__)
         raise typer.Exit(0)
 
 

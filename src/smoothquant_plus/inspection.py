@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
 from smoothquant_plus.models.blocks import build_skeleton, declared_family, decoder_blocks, load_config, open_family, quantized_linears
 from smoothquant_plus.models.families import active_pairs, published_alpha
@@ -19,7 +20,8 @@ from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, qu
 class Inspection:
     """`sizes` are bytes of the weights, on disk and in memory to serve them: before ('float16', or the dtype of config.json) and per scheme,
     W4A16 with each group size that fits the model. `memory_to_quantize` is an estimated peak in bytes, for the samples and sequence length
-    asked for, without a search for alpha."""
+    asked for, without a search for alpha. `quantized` is the method that config.json declares, None for a model in full precision: of one
+    that is quantized already, everything here is said of what it was made of."""
 
     family: str
     model_type: str
@@ -30,11 +32,15 @@ class Inspection:
     sizes: dict[str, int]
     block_parameters: int
     memory_to_quantize: int
+    quantized: str | None
 
 
 def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: str | None = None) -> Inspection:
     """Family, pairs, sizes and memory of a model directory in which config.json is enough; `lm_head` is what the output head becomes in the
-    sizes. Raises InputError as `open_family` and `find_scheme` do."""
+    sizes. Raises InputError as `open_family` and `find_scheme` do, and for numbers that are not positive."""
+    for option, number in (("--samples", samples), ("--seq-len", seq_len)):
+        if number < 1:
+            raise InputError(f"{option} {number}: give a positive number.")
     config = load_config(Path(model))
     name, family = open_family(config, declared_family(Path(model)))
     dtype = config.dtype or torch.float16
@@ -62,4 +68,13 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
         sizes=sizes,
         block_parameters=largest_block(skeleton, family),
         memory_to_quantize=quantizing_bytes(skeleton, family, samples, seq_len),
+        quantized=quantization_method(config),
     )
+
+
+def quantization_method(config: Any) -> str | None:
+    """What config.json says that the model is quantized with, such as 'compressed-tensors'."""
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return None
+    return str(declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None))

@@ -89,6 +89,7 @@ def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, 
         write_bytes(directory / FAMILY_FILE, decoder.declared.read_bytes())
     config = with_own_head(read_config(source)) if scheme.head else read_config(source)
     declared = quantization_config(scheme, unquantized(decoder, scheme), head_paths(decoder.model, decoder.family))
+    config.pop("auto_map", None)  # names code beside the source's config.json, which is not copied: no model here needs its own
     write_json(directory / CONFIG, {**config, "quantization_config": declared})
     write_index(directory)
     for kind, file in ((MAXIMA, STATISTICS), (FACTORS, SMOOTHING)):

@@ -44,7 +44,9 @@ NO_TEXT = Calibration()
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run reports; `seconds` and `peak_rss_mb` are of this process alone (a resumed run did less)."""
+    """What a finished run reports. `alpha` is the number that the model was smoothed with, 'block' where each block has its own, None where nothing
+    was smoothed; `tokens` of calibration text were run; `equivalence_error` is the largest of any block, relative; `seconds` and `peak_rss_mb`
+    (10**6 bytes) are of this process alone (a resumed run did less)."""
 
     output: str
     scheme: str

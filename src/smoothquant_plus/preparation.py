@@ -47,8 +47,11 @@ TARGETS = ("vllm", "here")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where activation maxima come from: text, or the file of `statistics` that a tool has published. Neither is needed when nothing is
-    smoothed and activations are quantized dynamically."""
+    """Where activation maxima come from: `text`, files or `hf:` addresses, of which `samples` windows of `seq_len` tokens are run; or the file of
+    `statistics` that a tool has published. Neither is needed when nothing is smoothed and activations are quantized dynamically.
+
+    Blocks run on `device` ('cpu', 'cuda', 'cuda:N'), in `compute_dtype`: 'float32', or 'checkpoint', what most weights are stored in.
+    """
 
     text: str | Path | Sequence[str | Path] = ()
     statistics: str | Path | None = None
@@ -68,7 +71,7 @@ def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -
         raise InputError(f"unknown compute dtype '{calibration.compute_dtype}': choose {' or '.join(COMPUTE_DTYPES)}.")
     device = check_device(calibration.device)
     config = read_config(model)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
     declared = declared or declared_family(model)
     open_family(load_config(model), declared)  # the family before the weights: its message is the more useful one
@@ -86,9 +89,9 @@ def choose_alpha(decoder: Decoder, scheme: Scheme, smooth: str, alpha: str | flo
         raise InputError(f"unknown --smooth '{smooth}': choose one of {', '.join(SMOOTH)}.{did_you_mean(smooth, SMOOTH)}")
     if alpha == "default" and smooth != "none" and scheme.name == "w4a16":
         alpha = "model"  # SmoothQuant+ always searches: the published values are for INT8 activations
+    if alpha != "default" and smooth == "none":
+        raise InputError(f"--alpha {alpha} says how to smooth, and --smooth none smooths nothing: leave one of them out.")
     if alpha in SEARCHES:
-        if smooth == "none":
-            raise InputError(f"--alpha {alpha} searches how to smooth, and --smooth none smooths nothing: leave one of them out.")
         return str(alpha)
     if alpha == "default":
         published = published_alpha(decoder.family, decoder.config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 # Plain lines are for logs: the first and the last step, and no more than one every so often between them.
 SECONDS_BETWEEN_LINES = 2.0
@@ -34,7 +34,7 @@ def peak_rss_mb() -> float:
 
 def note(message: str) -> None:
     """One line to the user, on stderr."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(message, soft_wrap=True)
 
 
 class Steps:

@@ -92,7 +92,7 @@ def run_candidates(
     else:
         journal.keep_stream(0, FULL, stream.hidden)
     bytes_of_one = sum(samples.batches[batch].numel() for batch in chosen) * decoder.config.hidden_size * decoder.dtype.itemsize
-    streams = Streams(journal, chosen, budget // max(1, bytes_of_one))
+    streams = Streams(journal, chosen, int(budget // max(1, bytes_of_one)))
     with steps("search block", len(decoder), journal.done) as progress:
         for index in range(journal.done, len(decoder)):
             with decoder.block(index, torch.float32) as block:
@@ -237,9 +237,13 @@ def losses(decoder: Decoder, batches: Sequence[Tensor], chosen: list[int], strea
     return found
 
 
+PIECE = 128  # tokens whose probabilities are in memory at once, beside the logits: with a vocabulary of 262,144 that is 134 MB
+
+
 def next_token_loss(logits: Tensor, ids: Tensor) -> float:
     """Summed cross-entropy in nats of predicting ids[0, 1:], int64 (1, tokens), from `logits` (1, tokens, vocabulary)."""
-    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum").item()
+    pieces = zip(logits[0, :-1].split(PIECE), ids[0, 1:].to(logits.device).split(PIECE), strict=True)
+    return sum(torch.nn.functional.cross_entropy(piece.float(), following, reduction="sum").item() for piece, following in pieces)
 
 
 @torch.no_grad()

@@ -17,15 +17,14 @@ from smoothquant_plus.errors import InputError
 
 # A Hugging Face data set: hf:NAME?config=...&split=train&column=text (NAME may be a local directory).
 DATASET_PREFIX = "hf:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
     from transformers import AutoTokenizer
 
-    if not any(
-        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-    ):
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{directory} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy it from the model's source.")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -17,18 +17,15 @@ from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import (
     Decoder,
-    build_skeleton,
     declared_family,
     decoder_blocks,
     disk_names,
     head_path,
-    head_paths,
     is_transposed,
     linears,
-    load_config,
-    open_family,
+    open_directory,
 )
-from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, read_scheme, wrong_layout
+from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, wrong_layout
 from smoothquant_plus.models.experts import recorded
 from smoothquant_plus.models.families import FAMILY_FILE, Family, active_pairs
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
@@ -139,15 +136,10 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
 
 def _check_tensors(directory: Path, report: Report, problems: list[str]) -> None:
     plan = read_plan(directory)
-    checkpoint = Checkpoint(directory)
-    if checkpoint.config.get("quantization_config") is None:
+    checkpoint, family, model, scheme = open_directory(directory)
+    if scheme is None:
         problems.append(f"{CONFIG} has no quantization_config, and {PLAN} says the model is quantized")
         return
-    config = load_config(directory)
-    _, family = open_family(config, declared_family(directory))
-    model: Any = build_skeleton(config, torch.float32)
-    scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
-    assert scheme is not None
     declared, planned = scheme.model_dump(include={"weights", "inputs", "head"}), plan["recipe"].get("scheme")
     if not isinstance(planned, dict) or any(planned.get(key) != value for key, value in declared.items()):
         problems.append(f"{CONFIG} declares another quantization than {PLAN}")

@@ -93,7 +93,7 @@ class Workspace:
         os.close(self._lock)
 
     def _check_output(self) -> None:
-        if self.output.exists():
+        if self.output.exists() or self.output.is_symlink():  # a link to nothing is in the way, too
             self.complete = recorded_recipe(self.output) == self.recipe
             if not self.complete:
                 raise InputError(
@@ -103,15 +103,14 @@ class Workspace:
     def _check_recipe(self) -> None:
         path = self.root / RECIPE
         asked = {**self.recipe, **self.stamps}
-        if not path.is_file():
-            # The first file of a run: nothing has been done yet. What else lies here is left from a directory that was being removed.
+        differs = list(differences(json.loads(path.read_text()), asked)) if path.is_file() else []
+        if not path.is_file() or (differs and not self.started and not self.head_result.is_file()):
+            # Nothing has been done yet: what lies here is left from a directory that was being removed, or from a run that was ended early.
             for leftover in self.root.iterdir():
                 if leftover.name != LOCK:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             write_json(path, asked)
             return
-        earlier = json.loads(path.read_text())
-        differs = list(differences(earlier, asked))
         if differs:
             raise InputError(
                 f"{self.root} holds an unfinished run with other options or inputs: {'; '.join(differs)}. Run the original command to continue "

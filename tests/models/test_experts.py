@@ -26,8 +26,6 @@ from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.verification import verify
 
-MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"]
-
 
 def test_an_unreached_expert_has_the_maxima_of_the_others() -> None:
     measured = {
@@ -96,7 +94,7 @@ def test_statistics_of_experts_that_another_tools_text_did_not_reach(
     assert torch.equal(used[f"{expert}.up_proj"], torch.stack(others).amax(dim=0))
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", families.MIXTURES)
 def test_experts_that_no_text_reached(name: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     """They are counted, reported, and quantized with statistics that are not zero; verify makes the same again."""
     out = tmp_path / "out"
@@ -113,7 +111,7 @@ def counts(block: dict[str, dict[str, dict[str, list[int]]]]) -> list[int]:
     return [count for tokens in block.get("experts", {}).get("tokens", {}).values() for count in tokens]
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", families.MIXTURES)
 @pytest.mark.parametrize("forgotten", ["mlp.gate", "mlp.experts.*.up_proj"])
 def test_a_forgotten_reader_is_caught(
     name: str, forgotten: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

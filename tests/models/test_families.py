@@ -67,7 +67,7 @@ def test_every_family_has_a_tiny_model() -> None:
 @ALL
 @pytest.mark.parametrize("smooth", ["norms", "all"])
 def test_smoothing_is_exact(name: str, smooth: str, tiny: Callable[..., Path]) -> None:
-    if smooth == "norms" and name == "olmo2":
+    if smooth == "norms" and name in families.NORMS_AFTER:
         pytest.skip("its norms feed no linear layers")
     assert families.change_by_smoothing(tiny(name, torch.float64), torch.float64, smooth) < 1e-9
 
@@ -154,7 +154,7 @@ def test_smoothing_recovers_what_planted_outliers_cost(
     like = tiny(name, torch.float32)
     model = load(like)
     plain = logits(model)
-    smooth = "all" if name == "olmo2" else "norms"  # whose norms feed no linear layers
+    smooth = "all" if name in families.NORMS_AFTER else "norms"
     plant_outliers(model, channels=2, scale=100.0, smooth=smooth)
     assert relative(logits(model), plain) < 1e-4, "planting must not change the function"
     source = families.save(model, like, tmp_path / "source")

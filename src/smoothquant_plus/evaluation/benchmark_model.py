@@ -22,15 +22,10 @@ from smoothquant_plus.evaluation.machine import describe
 from smoothquant_plus.evaluation.timing import Table, captured, on, turns
 from smoothquant_plus.method.scheme import SCHEMES
 from smoothquant_plus.models.blocks import (
-    build_skeleton,
     check_device,
     check_positions,
-    declared_family,
-    head_paths,
-    load_config,
-    open_family,
+    open_directory,
 )
-from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
 from smoothquant_plus.progress import note, peak_rss_mb, steps
 from smoothquant_plus.runtime.attention import cache_argument, check_attention
 from smoothquant_plus.runtime.kernels import BACKENDS
@@ -153,10 +148,8 @@ def _check(
     """The size of the smallest vocabulary, and each model's scheme. Raises InputError for what `load` or a run would fail on later."""
     vocabulary, schemes = [], []
     for directory in directories:
-        config = load_config(directory)
-        _, family = open_family(config, declared_family(directory))
-        skeleton = build_skeleton(config, config.dtype or torch.float32)
-        scheme = read_scheme(Checkpoint(directory).config, directory, head_paths(skeleton, family))
+        _, _, skeleton, scheme = open_directory(directory)
+        config = skeleton.config
         if attention is not None:
             check_attention(skeleton, attention, device)
         text = config.get_text_config()

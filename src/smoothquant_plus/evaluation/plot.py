@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.files import write_atomic
-from smoothquant_plus.models.families import FAMILIES
+from smoothquant_plus.models.blocks import declared_family, load_config, open_family
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.verification import read_plan
 
@@ -109,9 +110,7 @@ def activations_figure(output: Path, plan: dict[str, Any]) -> Figure | None:
     """Per-channel maxima of the input of every smoothed pair that starts at a norm: one row for each block, one column for each norm."""
     from matplotlib.figure import Figure
 
-    family = FAMILIES.get(plan["family"])
-    if family is None:
-        raise InputError(f"{output} is of family '{plan['family']}', which this version does not know.")
+    _, family = open_family(load_config(output), declared_family(output))
     norms = [pair.source for pair in family.pairs if pair.when == "norms"]
     smoothed = [{pair["source"]: pair["sinks"][0] for pair in block["pairs"] if pair["source"] in norms} for block in plan["blocks"]]
     columns = [norm for norm in norms if any(norm in block for block in smoothed)]
@@ -119,7 +118,7 @@ def activations_figure(output: Path, plan: dict[str, Any]) -> Figure | None:
         return None
     try:
         maxima, factors = load_file(output / STATISTICS), load_file(output / SMOOTHING)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{output}: {STATISTICS} and {SMOOTHING} cannot be read: {error}.") from error
     figure = Figure(figsize=(5 * len(columns), 1.3 * len(smoothed) + 0.8), layout="constrained")
     grid = figure.subplots(len(smoothed), len(columns), squeeze=False, sharex="col", sharey="col")

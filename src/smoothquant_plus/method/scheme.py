@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smoothquant_plus.errors import InputError, did_you_mean
 
@@ -52,7 +52,7 @@ class Scheme(BaseModel):
     weights: Quant
     inputs: Quant | None
     head: Scheme | None = None
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = Field(default=(), exclude=True)  # what a checkpoint says, and no part of a recipe
 
     @property
     def static(self) -> bool:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.statistics import ChannelMaxima
-from smoothquant_plus.models.checkpoint import Checkpoint, read_config
+from smoothquant_plus.models.checkpoint import Checkpoint, read_config, read_scheme
 from smoothquant_plus.models.experts import share_with_unreached, unfuse
 from smoothquant_plus.models.families import (
     FAMILIES,
@@ -524,6 +524,16 @@ def _is_source(module: Any) -> bool:
     return isinstance(module, nn.Linear) or getattr(getattr(module, "weight", None), "ndim", 0) == 1
 
 
+def open_directory(directory: Path, dtype: torch.dtype | None = None) -> tuple[Checkpoint, Family, Any, Scheme | None]:
+    """What lies in `directory`: its tensors, of which the headers are read; its family; its model without values, in `dtype` or what config.json
+    says; and the scheme that it is quantized with, None for full precision. Raises InputError for what cannot be read or run."""
+    config = load_config(directory)
+    _, family = open_family(config, declared_family(directory))
+    checkpoint = Checkpoint(directory)
+    model = build_skeleton(config, dtype or config.dtype or torch.float32)
+    return checkpoint, family, model, read_scheme(checkpoint.config, directory, head_paths(model, family))
+
+
 def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme: Scheme | None = None) -> dict[str, str]:
     """{name in the model: name in the checkpoint} for every tensor of the model; an output head that is tied to the input embedding and
     not stored is left out. With the `scheme` of a quantized checkpoint, the weights of its linears are named as if they were not packed.
@@ -548,6 +558,14 @@ def disk_names(model: nn.Module, checkpoint: Checkpoint, family: Family, scheme:
                 _check_stored(checkpoint, found, shape, name in quantized)
         elif name != tied:
             missing.append(name)
+        if name.endswith(".weight") and name not in quantized:
+            bases = [spelling.removesuffix(".weight") for spelling in family.spellings(name)]
+            stray = next((base for base in bases if f"{base}.weight_scale" in checkpoint.tensors), None)
+            if stray is not None:
+                raise InputError(
+                    f"'{stray}' is quantized in {checkpoint.directory}, and its config.json does not say how: a layer that is not in a decoder "
+                    "block needs a config group of its own, and one that `ignore` names has no scales."
+                )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(

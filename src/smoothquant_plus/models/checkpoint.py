@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.files import sha256, write_atomic, write_json
 from smoothquant_plus.method.integers import INT4_MIN, QuantizedWeight, pack_int4, unpack_int4
-from smoothquant_plus.method.scheme import Quant, Scheme
+from smoothquant_plus.method.scheme import ACTIVATIONS, Quant, Scheme
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +45,7 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -381,12 +383,17 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
             raise InputError(f"{where / CONFIG} declares {what} ({key}), which cannot be run here.")
     try:
         schemes = [_scheme_of(group, form) for group, form in zip(groups, forms, strict=True)]
-        ignore = tuple(declared.get("ignore") or ())
+        ignore = declared.get("ignore") or []
+        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+            raise ValueError(f"ignore is not a list of names: {ignore!r}")
         for name in ignore:
             re.compile(name.removeprefix("re:"))
-    except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {first['loc']}: {first['msg']}") from error
+    except (KeyError, ValueError, re.error) as error:
         raise InputError(f"{where / CONFIG} declares a quantization that cannot be run here: {error}") from error
-    return schemes[0].model_copy(update={"head": schemes[1] if len(schemes) > 1 else None, "ignore": ignore})
+    return schemes[0].model_copy(update={"head": schemes[1] if len(schemes) > 1 else None, "ignore": tuple(ignore)})
 
 
 def _scheme_of(group: Mapping[str, Any], form: str) -> Scheme:
@@ -407,7 +414,15 @@ def _scheme_of(group: Mapping[str, Any], form: str) -> Scheme:
         if group.get("input_activations") is not None or weights.bits != 4:
             raise ValueError("format 'pack-quantized' with other than 4 bits, or with quantized activations")
         return Scheme(name=name, weights=weights, inputs=None)
-    return Scheme(name=name, weights=weights, inputs=quant(group["input_activations"]))
+    if group.get("input_activations") is None:
+        raise ValueError("format 'int-quantized' with activations that are not quantized")
+    inputs = quant(group["input_activations"])
+    if weights.strategy not in ("channel", "tensor") or weights.dynamic or inputs not in ACTIVATIONS.values():
+        raise ValueError(
+            f"format 'int-quantized' with weights of {weights.bits} bits per {weights.strategy} and activations of {inputs.bits} bits per "
+            f"{inputs.strategy}, {'dynamic' if inputs.dynamic else 'static'}"
+        )
+    return Scheme(name=name, weights=weights, inputs=inputs)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})) -> None:

@@ -38,7 +38,7 @@ class Pair:
     among mixtures of experts. `rows` says which of the source's output channels those are (models/rows.py): all of them (`each`), or the
     values of attention, which the query heads of a group share. `when` is the smallest `--smooth` setting that includes the pair.
     `requires` are configuration values without which the pair would not be exact, or is not there; a tuple lists alternatives, and ... is
-    anything but None.
+    anything but None and 0.
     """
 
     source: str
@@ -118,6 +118,9 @@ GLM_PAIRS = (
     VALUES,
     Pair("mlp.gate_up_proj", ("mlp.down_proj",), rows="last_half", when="all"),
 )
+# No norm in front of attention and MLP: they read the residual stream itself, and norms come after them.
+NORMS_AFTER = (VALUES, UP)
+PARALLEL = (Pair("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")), VALUES, UP)  # attention and MLP read the same norm
 EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 EXPERTS_UP = Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",), when="all", optional=True)
 DENSE_MLP = (
@@ -135,6 +138,15 @@ def shared_experts(path: str, *others: str) -> tuple[Pair, ...]:
     )
 
 
+# A mixture's names in checkpoints like Mixtral's.
+MIXTRAL_NAMES = (
+    (r"\.mlp\.(gate|e_score_correction_bias)\b", r".block_sparse_moe.\1"),
+    (r"\.mlp\.experts\.(\d+)\.gate_proj\b", r".block_sparse_moe.experts.\1.w1"),
+    (r"\.mlp\.experts\.(\d+)\.down_proj\b", r".block_sparse_moe.experts.\1.w2"),
+    (r"\.mlp\.experts\.(\d+)\.up_proj\b", r".block_sparse_moe.experts.\1.w3"),
+)
+ROUTED = Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS), optional=True)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         model_types=("llama",),
@@ -151,16 +163,17 @@ FAMILIES: dict[str, Family] = {
         blocks="model.layers",
         pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS)), VALUES, EXPERTS_UP),
         alpha=0.8,
-        disk_names=(
-            (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
-            (r"\.mlp\.experts\.(\d+)\.gate_proj\b", r".block_sparse_moe.experts.\1.w1"),
-            (r"\.mlp\.experts\.(\d+)\.down_proj\b", r".block_sparse_moe.experts.\1.w2"),
-            (r"\.mlp\.experts\.(\d+)\.up_proj\b", r".block_sparse_moe.experts.\1.w3"),
-        ),
+        disk_names=MIXTRAL_NAMES,
     ),
     "qwen2": Family(model_types=("qwen2",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     # The norms of its query and key heads feed no linear layer.
     "qwen3": Family(model_types=("qwen3",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "smollm3": Family(model_types=("smollm3",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "granite": Family(model_types=("granite",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "seed_oss": Family(model_types=("seed_oss",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "ernie4_5": Family(model_types=("ernie4_5",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "hunyuan": Family(model_types=("hunyuan_v1_dense",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "ministral": Family(model_types=("ministral", "ministral3"), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "qwen2_moe": Family(
         model_types=("qwen2_moe",),
         blocks="model.layers",
@@ -174,11 +187,41 @@ FAMILIES: dict[str, Family] = {
         pairs=(
             Pair("input_layernorm", QKV),
             *DENSE_MLP,
-            Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS), optional=True),
+            ROUTED,
             VALUES,
             EXPERTS_UP,
         ),
         alpha=None,
+    ),
+    "olmoe": Family(
+        model_types=("olmoe",), blocks="model.layers", pairs=(Pair("input_layernorm", QKV), ROUTED, VALUES, EXPERTS_UP), alpha=None
+    ),
+    "minimax_m2": Family(
+        model_types=("minimax_m2",),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", QKV), ROUTED, VALUES, EXPERTS_UP),
+        alpha=None,
+        disk_names=MIXTRAL_NAMES,
+    ),
+    "glm4_moe": Family(
+        model_types=("glm4_moe", "dots1"),
+        blocks="model.layers",
+        pairs=(Pair("input_layernorm", QKV), *DENSE_MLP, *shared_experts("mlp.shared_experts"), VALUES),
+        alpha=None,
+    ),
+    "ernie4_5_moe": Family(
+        model_types=("ernie4_5_moe",),
+        blocks="model.layers",
+        pairs=(
+            Pair("input_layernorm", QKV),
+            *DENSE_MLP,
+            replace(ROUTED, requires={"moe_num_shared_experts": 0}),
+            *(replace(pair, requires={"moe_num_shared_experts": ...}) for pair in shared_experts("mlp.shared_experts")[:2]),
+            EXPERTS_UP,
+            VALUES,
+        ),
+        alpha=None,
+        disk_names=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),),
     ),
     "deepseek": Family(
         model_types=("deepseek_v2", "deepseek_v3"),
@@ -198,16 +241,29 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(model_types=("gemma",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None, norm_offset=1.0),
     "gemma2": Family(model_types=("gemma2",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
     "gemma3": Family(model_types=("gemma3_text",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
-    "olmo2": Family(
-        model_types=("olmo2",),
+    "olmo2": Family(model_types=("olmo2", "olmo3"), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
+    "exaone4": Family(model_types=("exaone4",), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
+    "cohere": Family(model_types=("cohere", "cohere2"), blocks="model.layers", pairs=PARALLEL, alpha=None),
+    "nemotron": Family(
+        model_types=("nemotron",),
         blocks="model.layers",
-        pairs=(VALUES, UP),  # attention and MLP read the residual stream itself: its norms come after them
+        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.up_proj",)), VALUES),
+        alpha=None,
+        norm_offset=1.0,
+    ),
+    "apertus": Family(
+        model_types=("apertus",),
+        blocks="model.layers",
+        pairs=(Pair("attention_layernorm", QKV), Pair("feedforward_layernorm", ("mlp.up_proj",)), VALUES),
         alpha=None,
     ),
-    "cohere": Family(
-        model_types=("cohere",),
+    "phi": Family(
+        model_types=("phi",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")), VALUES, UP),  # attention and MLP are parallel
+        pairs=(
+            Pair("input_layernorm", (*QKV, "mlp.fc1")),  # attention and MLP are parallel
+            Pair("self_attn.v_proj", ("self_attn.dense",), rows="values", when="all"),
+        ),
         alpha=None,
     ),
     "phi3": Family(
@@ -411,7 +467,7 @@ def is_exact(pair: Pair, config: Any) -> bool:
 
 def _fits(found: Any, required: Any) -> bool:
     if required is ...:
-        return found is not None
+        return bool(found)
     return found in (required if isinstance(required, (tuple, list)) else (required,))
 
 

@@ -49,7 +49,9 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
     for index in range(len(decoder)):
         for name, linear in decoder.linears(index).items():
             full = f"{decoder.path(index)}.{name}"
-            statistics[full] = _checked(path, full, found, linear.in_features)
+            spellings = [spelling.removesuffix(".weight") for spelling in decoder.family.spellings(f"{full}.weight")]
+            stored = next((spelling for spelling in spellings if spelling in found), full)
+            statistics[full] = _checked(path, stored, found, linear.in_features)
         for pair in decoder.pairs(index, list(active_pairs(decoder.family, decoder.config, "all"))):
             # All that read one input, but for experts, which see some of its tokens each.
             sinks = [f"{decoder.path(index)}.{sink}" for sink in pair.sinks if ".experts." not in sink]

@@ -330,6 +330,10 @@ def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
         elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
             kept.append(name)
     spellings = [decoder.family.spellings(f"{name}.weight") for name in kept]
+    # Blocks that the model's class has no place for, and that are carried along: a server may have one, for speculative decoding.
+    for name, info in decoder.checkpoint.tensors.items():
+        if name not in decoder.known_names and name.endswith(".weight") and len(info.shape) == 2 and ".layers." in name:
+            spellings.append([name])
     return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
 
 

@@ -13,19 +13,15 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import Scheme, with_arithmetic
 from smoothquant_plus.models.blocks import (
     assign,
-    build_skeleton,
     check_device,
-    declared_family,
     decoder_blocks,
     disk_names,
     head_path,
-    head_paths,
     is_transposed,
-    load_config,
-    open_family,
+    open_directory,
     quantized_linears,
 )
-from smoothquant_plus.models.checkpoint import Checkpoint, read_linear, read_scheme
+from smoothquant_plus.models.checkpoint import Checkpoint, read_linear
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.progress import note, steps
 from smoothquant_plus.runtime.attention import check_attention, use_int8
@@ -52,14 +48,10 @@ def load(
     """
     directory = Path(directory)
     device = check_device(device)
-    config = load_config(directory)
-    _, family = open_family(config, declared_family(directory))
-    checkpoint = Checkpoint(directory)
-    dtype = dtype or config.dtype or torch.float32
-    model: Any = build_skeleton(config, dtype)
+    checkpoint, family, model, scheme = open_directory(directory, dtype)
+    dtype = dtype or model.config.dtype or torch.float32
     if attention is not None:
         check_attention(model, attention, device)
-    scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
     if scheme is None and backend is not None:
         raise InputError(f"{directory} is not quantized, so no backend can be chosen for it.")
     if scheme is None and arithmetic is not None:

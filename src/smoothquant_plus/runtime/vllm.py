@@ -44,18 +44,16 @@ from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme
 from smoothquant_plus.models.blocks import (
     Decoder,
-    build_skeleton,
     declared_family,
     disk_names,
     give_memory_back,
     head_paths,
     is_transposed,
-    load_config,
-    open_family,
+    open_directory,
     quantized_linears,
     take_memory_again,
 )
-from smoothquant_plus.models.checkpoint import Checkpoint, quantization_config, read_scheme, unpack, wrong_layout
+from smoothquant_plus.models.checkpoint import Checkpoint, quantization_config, unpack, wrong_layout
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs, published_alpha
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import Pending, fold_block, quantize_pending, smooth_block, unquantized
@@ -596,11 +594,7 @@ def is_ours(directory: Path) -> bool:
     """
     if not (directory / PLAN).is_file():
         return False
-    checkpoint = Checkpoint(directory)
-    config = load_config(directory)
-    _, family = open_family(config, declared_family(directory))
-    model: Any = build_skeleton(config, torch.float32)
-    scheme = read_scheme(checkpoint.config, directory, head_paths(model, family))
+    checkpoint, family, model, scheme = open_directory(directory)
     if scheme is None:
         return False
     names = disk_names(model, checkpoint, family, scheme)
