@@ -22,7 +22,6 @@ from transformers import (
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
-    Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
@@ -57,10 +56,16 @@ from transformers import (
     PhiConfig,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
+    Qwen3VLConfig,
     SeedOssConfig,
     SiglipVisionConfig,
     SmolLM3Config,
@@ -85,7 +90,7 @@ MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ROPE = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
-    "factor": 4.0,
+    "factor": 16.0,
     "original_max_position_embeddings": 64,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
@@ -95,6 +100,10 @@ ROPE = {
 }
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+SEEN = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+MULTIMODAL = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # time, height and width of a position
 
 # One tiny configuration for each layout that a family's row must be right about.
 TINY: dict[str, Any] = {
@@ -212,7 +221,7 @@ TINY: dict[str, Any] = {
         **COMMON,
     ),
     "seed-oss": SeedOssConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, attention_out_bias=True, mlp_bias=True, **COMMON),
-    "ernie4-5": Ernie4_5Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, use_bias=True, **COMMON),
+    "ernie4-5": Ernie4_5Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, **COMMON),
     "hunyuan": HunYuanDenseV1Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, **COMMON),
     "ministral": MinistralConfig(
         **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], **COMMON
@@ -237,17 +246,6 @@ TINY: dict[str, Any] = {
         use_qk_norm=True,
         n_routed_experts=4,
         n_shared_experts=1,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        **MIXTURE,
-        **COMMON,
-    ),
-    "dots1": Dots1Config(
-        **LLAMA_SHAPE,
-        num_key_value_heads=2,
-        n_routed_experts=4,
-        n_shared_experts=2,
         first_k_dense_replace=1,
         n_group=1,
         topk_group=1,
@@ -282,6 +280,52 @@ TINY: dict[str, Any] = {
         vision_config=PixtralVisionConfig(**VISION),
         image_token_index=255,
     ),
+    # Linear attention, which keeps a state instead of keys and values, and attention with a gate.
+    "qwen3-next": Qwen3NextConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        shared_expert_intermediate_size=64,
+        layer_types=["linear_attention", "full_attention"],
+        **LINEAR,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "qwen3-5": Qwen3_5TextConfig(
+        **LLAMA_SHAPE, num_key_value_heads=2, head_dim=32, layer_types=["linear_attention", "full_attention"], **LINEAR, **COMMON
+    ),
+    **{
+        name: config(
+            text_config={**LLAMA_SHAPE, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": MULTIMODAL, **text, **COMMON},
+            vision_config=vision,
+            image_token_id=255,
+            video_token_id=254,
+            vision_start_token_id=253,
+            vision_end_token_id=252,
+        )
+        for name, config, text, vision in (
+            (
+                "qwen2-vl",
+                Qwen2VLConfig,
+                {},
+                {"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2, "mlp_ratio": 1, "patch_size": 8},
+            ),
+            ("qwen2-5-vl", Qwen2_5_VLConfig, {}, {**SEEN, "out_hidden_size": 64, "fullatt_block_indexes": [0]}),
+            (
+                "qwen3-vl",
+                Qwen3VLConfig,
+                {},
+                {**SEEN, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            ),
+            (
+                "qwen3-5-vision",
+                Qwen3_5Config,
+                {"layer_types": ["linear_attention", "full_attention"], **LINEAR},
+                {**SEEN, "out_hidden_size": 64, "num_position_embeddings": 16},
+            ),
+        )
+    },
     "gemma3-vision": Gemma3Config(
         text_config=Gemma3TextConfig(
             **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, **COMMON
@@ -297,8 +341,9 @@ TINY: dict[str, Any] = {
 # Those with experts, and those whose norms feed no linear layer.
 MIXTURES = (
     *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"),
-    *("olmoe", "minimax-m2", "glm4-moe", "dots1", "ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared"),
+    *("olmoe", "minimax-m2", "glm4-moe", "ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared", "qwen3-next"),
 )
+HYBRID = ("qwen3-next", "qwen3-5", "qwen3-5-vision")  # with linear attention
 NORMS_AFTER = ("olmo2", "olmo3", "exaone4")
 
 # What transformers' own loader cannot read, per scheme, and why.

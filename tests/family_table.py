@@ -17,12 +17,13 @@ BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 # What was loaded in a real vLLM, with the same logits: docs/formats.md says how. "W8A8" is per token and static.
 DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "cohere", "phi3", "glm", "glm4", "starcoder2", "opt"),
-    *("gpt2", "gpt_neox", "gptj", "falcon"),
+    *("gpt2", "gpt_neox", "gptj", "falcon", "smollm3", "granite", "seed_oss", "ernie4_5", "hunyuan", "ministral", "exaone4", "nemotron"),
+    *("apertus", "phi"),
 )
 EXPERTS = "W8A8 `token`, W4A16 (without AMX on CPUs: with this package's plugin)"
 VLLM: dict[str, str] = {
     **dict.fromkeys(DENSE, "W8A8, W4A16"),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek"), EXPERTS),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "olmoe", "glm4_moe"), EXPERTS),
     "bloom": "W8A8 `token`, W4A16",
 }
 HEADER = (

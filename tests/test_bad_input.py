@@ -329,6 +329,8 @@ CASES = [
     Case("unknown activation function", lambda b: b.quantize(b.model(hidden_act="gulu")), ("/model/config.json", "gulu")),
     Case("no blocks", lambda b: b.quantize(b.model(num_hidden_layers=0)), ("/model/config.json", "num_hidden_layers")),
     Case("inspect nothing", lambda b: ["inspect", b.here / "nowhere"], ("no such model directory", "/nowhere")),
+    Case("inspect for no samples", lambda b: ["inspect", b.model(), "--samples", "-5"], ("--samples -5", "positive")),
+    Case("inspect for no tokens", lambda b: ["inspect", b.model(), "--seq-len", "0"], ("--seq-len 0", "positive")),
     Case("inspect an unknown family", lambda b: ["inspect", b.model(model_type="misral")], ("'misral'", "Did you mean 'mistral'?")),
     # Its weights.
     Case("pickled weights", lambda b: b.broken(pickled), ("pytorch_model.bin", "can run code", "save_pretrained")),
@@ -518,7 +520,7 @@ CASES = [
             lambda b, alpha=alpha: b.quantize(None, "--alpha", alpha, "--smooth", "none"),
             (f"--alpha {alpha}", "--smooth none", "leave one of them out"),
         )
-        for alpha in ("model", "block")
+        for alpha in ("model", "block", "0.7")
     ),
     *(
         Case(f"search by {alpha} without text", lambda b, alpha=alpha: ["quantize", b.model(), b.out, "--alpha", alpha], ("--text FILE",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import smoothquant_plus
 from smoothquant_plus import __version__
 from smoothquant_plus.cli import app
+from smoothquant_plus.inspection import inspect
+from smoothquant_plus.pipeline import quantize
 
 
 def sqplus(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -53,6 +58,61 @@ def test_without_json_the_result_is_on_stdout_and_progress_on_stderr(tiny: Calla
     assert done.returncode == 0
     assert "w8a8, 2 blocks, alpha 0.5" in done.stdout and "block" not in done.stdout.replace("2 blocks", "")
     assert "block 1/2" in done.stderr and "left" in done.stderr and "GB peak" in done.stderr
+
+
+def test_what_is_printed_is_what_was_meant(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets, colons and tabs in paths and in what a model says; and a terminal that lacks a letter."""
+    out = tmp_path / "a[b:x:2]" / "out[/v2]\t:b:"
+    done = sqplus("quantize", tiny(), out, "--smooth", "none")
+    assert (done.returncode, done.stdout.partition(": w8a8")[0]) == (0, str(out))
+    assert sqplus("verify", out).stdout.startswith(f"{out}: ")
+    assert (
+        f"error: {out} exists already"
+        in sqplus("quantize", tiny(), out, "--smooth", "none", "--activations", "token", "--lm-head", "w8a8").stderr
+    )
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = sqplus("generate", out, "--prompt", "y = x[a:b:c]\t[i:x:2] \u00e9", "--max-new-tokens", "2")
+    assert done.returncode == 0 and done.stdout.startswith("y = x[a:b:c]\t[i:x:2] ?")
+
+
+@pytest.mark.parametrize(
+    ("error", "command", "says"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "eval", "use a smaller --seq-len"),
+        (MemoryError(), "generate", "use fewer --max-new-tokens"),
+        (MemoryError(), "inspect", "not enough memory (MemoryError)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "eval", "run the same command again."),
+        (OSError(errno.ENOSPC, "No space left on device"), "quantize", "it continues where it was"),
+        (KeyboardInterrupt(), "eval", "interrupted.\n"),
+        (KeyboardInterrupt(), "quantize", "run the same command again to continue"),
+    ],
+    ids=str,
+)
+def test_what_ends_a_command_is_told(
+    error: BaseException, command: str, says: str, tiny: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    homes = {"eval": "evaluation.perplexity.evaluate", "generate": "runtime.generate.generate", "inspect": "inspection.inspect"}
+    monkeypatch.setattr(f"smoothquant_plus.{homes.get(command, 'pipeline.quantize')}", fail)
+    arguments = {"eval": ("--text", text_file), "generate": ("--prompt", "a"), "quantize": ("OUT",)}.get(command, ())
+    result = CliRunner().invoke(app, [command, str(tiny()), *map(str, arguments)])
+    assert result.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert says in result.output and "Traceback" not in result.output
+
+
+def test_a_quantized_model_is_inspected_as_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    quantize(tiny(), tmp_path / "out", smooth="none")
+    assert "it is quantized already (compressed-tensors)" in CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+    assert inspect(tiny()).quantized is None
+
+
+def test_the_public_names_are_there() -> None:
+    """And importing the package does not import torch."""
+    code = "import smoothquant_plus as sq, sys; assert set(sq.__all__) <= set(dir(sq)) and 'torch' not in sys.modules; print(sq.InputError)"
+    assert "errors.InputError" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(callable(getattr(smoothquant_plus, name)) or name == "SCHEMES" for name in smoothquant_plus.__all__)
 
 
 def test_help_and_version() -> None:

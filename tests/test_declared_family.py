@@ -59,6 +59,7 @@ def test_from_end_to_end(model: Path, declared: Path, text_file: Path, tmp_path:
         ("verify", out, "--against", model),
         ("generate", out, "--prompt", "12 times", "--max-new-tokens", 2),
         ("inspect", out),
+        ("plot", out),
     ]
     for command in commands:
         result = sqplus(*command)

@@ -345,3 +345,15 @@ def test_other_mixes_are_refused(change: Callable[[Any], Any], said: str) -> Non
     change(declared["config_groups"])
     with pytest.raises(InputError, match=said):
         read_scheme({"quantization_config": declared}, Path("OUT"), NAMES)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_the_blocks_group_quantizes_is_refused(tied: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As llm-compressor writes it when `ignore` does not name it: no server takes that for a quantized head, and the embedding is not one."""
+    out = tmp_path / "out"
+    quantize(tiny(), out, scheme="w4a16", group_size=32, lm_head="w4a16", smooth="none", target="here")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]["config_groups"]["group_1"]
+    write_json(out / "config.json", {**config, "tie_word_embeddings": tied})
+    with pytest.raises(InputError, match=r"'lm_head' is quantized in .*/out, and its config\.json does not say how"):
+        load(out)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import families
 from smoothquant_plus import pipeline, preparation
@@ -274,3 +275,15 @@ def test_what_lies_outside_the_blocks_is_copied_in_pieces(
     verify(out, tiny("llava"))
     assert len(Checkpoint(out).shards) > len(Checkpoint(whole).shards)
     assert Checkpoint(out).tensors.keys() == Checkpoint(whole).tensors.keys()
+
+
+def test_what_config_says_of_other_code_is_left_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """It is not copied. And a quantization of null is none."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny(), source)
+    config = json.loads((source / "config.json").read_text())
+    more = {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}, "quantization_config": None}
+    (source / "config.json").write_text(json.dumps(config | more))
+    quantize(source, out, smooth="none")
+    assert AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "llama"
+    assert "auto_map" not in json.loads((out / "config.json").read_text())

@@ -486,6 +486,28 @@ def test_what_is_not_ours_is_left_alone(what: str, kind: str, inputs: Inputs, ho
     assert [path.name for path in home.iterdir()] == [output.name]
 
 
+def test_a_run_that_was_ended_before_any_block_is_in_nobodys_way(
+    tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """Whatever its options were: there is nothing to lose."""
+    out = tmp_path / "OUT"
+    left = tmp_path / PARTIAL
+    (left / "blocks").mkdir(parents=True)
+    (left / "recipe.json").write_text('{"alpha": 0.1}')
+    (left / "blocks" / "stream-00000-full.safetensors").write_bytes(b"")
+    quantize(tiny(), out, calibration=calibration)
+    verify(out)
+    assert not left.exists()
+
+
+def test_a_link_to_nothing_is_in_the_way_before_the_work(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "OUT"
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="exists already and is not the result of this command"):
+        quantize(tiny(), out, smooth="none")
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_one_process_at_a_time(whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     with started(inputs.call("quantize", home), home, SECOND_BLOCK, signal.SIGSTOP) as first:
         wait_until_stopped(first.pid)

@@ -21,7 +21,7 @@ from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
-from smoothquant_plus.search import Search
+from smoothquant_plus.search import PIECE, Search, next_token_loss
 from smoothquant_plus.text import load_tokenizer, take_samples
 from smoothquant_plus.verification import verify
 
@@ -150,10 +150,10 @@ def contents(directory: Path) -> dict[str, str]:
 def test_memory_changes_nothing(alpha: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """All streams in memory, some, or none: the same bytes."""
     one = 2 * 32 * 64 * 4  # samples, tokens, hidden size, bytes
-    for memory in (None, 0, 7 * one):
+    for memory in (None, 0, 7.5 * one):  # GB need not be whole
         options = {"scheme": "w4a16", "group_size": 32, "alpha": alpha, "search": Search(2, memory)}
         quantize(tiny("llama"), tmp_path / str(memory), calibration=calibration, **options)
-    assert contents(tmp_path / "None") == contents(tmp_path / "0") == contents(tmp_path / str(7 * one))
+    assert contents(tmp_path / "None") == contents(tmp_path / "0") == contents(tmp_path / str(7.5 * one))
 
 
 @torch.no_grad()
@@ -240,3 +240,9 @@ def test_an_alpha_that_cannot_be_stored_is_left_out(tiny: Callable[..., Path], c
     assert refused and len(refused) < len(GRID)
     assert all("overflows float16" in c["refused"] and "mse" not in c for c in refused)
     assert plan["alpha"] not in [c["alpha"] for c in refused]
+
+
+def test_the_next_tokens_loss_in_pieces_is_that_of_the_whole() -> None:
+    logits, ids = torch.randn(1, 2 * PIECE + 7, 50), torch.randint(50, (1, 2 * PIECE + 7))
+    whole = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+    assert next_token_loss(logits, ids) == pytest.approx(whole, rel=1e-5)

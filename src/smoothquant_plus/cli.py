@@ -128,8 +128,10 @@ def command(function: Callable[..., Any], group: typer.Typer = app, **settings: 
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            instead = [*([SMALLER[name]] if name in SMALLER else []), *(["--device cpu"] if kwargs.get("device", "cpu") != "cpu" else [])]
-            complain(f"error: there is not enough memory{f': use {chr(32).join(instead)}' if instead else ''} ({error or 'MemoryError'}).")
+            smaller = [SMALLER[name]] if name in SMALLER else []
+            elsewhere = ["--device cpu"] if kwargs.get("device", "cpu") != "cpu" else []
+            instead = f": use {' or '.join([*smaller, *elsewhere])}" if smaller or elsewhere else ""
+            complain(f"error: there is not enough memory{instead} ({str(error) or type(error).__name__}).")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             again = ": what is finished is kept, run the same command again to continue." if name in RESUMED else "."

@@ -12,6 +12,7 @@ from torch import nn
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
 from smoothquant_plus.models.blocks import build_skeleton, declared_family, decoder_blocks, load_config, open_family, quantized_linears
+from smoothquant_plus.models.checkpoint import read_config
 from smoothquant_plus.models.families import active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 
@@ -68,13 +69,5 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
         sizes=sizes,
         block_parameters=largest_block(skeleton, family),
         memory_to_quantize=quantizing_bytes(skeleton, family, samples, seq_len),
-        quantized=quantization_method(config),
+        quantized=(read_config(Path(model)).get("quantization_config") or {}).get("quant_method"),
     )
-
-
-def quantization_method(config: Any) -> str | None:
-    """What config.json says that the model is quantized with, such as 'compressed-tensors'."""
-    declared = getattr(config, "quantization_config", None)
-    if declared is None:
-        return None
-    return str(declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None))

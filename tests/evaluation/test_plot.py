@@ -9,6 +9,7 @@ import pytest
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.plot import plot
+from smoothquant_plus.models.statistics import STATISTICS
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.search import Search
@@ -34,6 +35,15 @@ def test_what_was_recorded_is_drawn(
     verify(out)  # pictures may lie beside what was written
     if alpha == 0.5:
         assert plot(out, tmp_path / "elsewhere")[0].parent == tmp_path / "elsewhere"
+
+
+def test_a_wrapper_is_drawn_and_damage_is_named(tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llava"), out, calibration=calibration)
+    assert "block 1" in next(path for path in plot(out) if path.suffix == ".svg").read_text()
+    (out / STATISTICS).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=rf"{STATISTICS} and .* cannot be read"):
+        plot(out)
 
 
 def test_nothing_to_draw(tiny: Callable[..., Path], tmp_path: Path) -> None:

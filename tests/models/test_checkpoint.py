@@ -170,7 +170,8 @@ def test_another_4_bit_format_is_refused(changes: dict[str, Any]) -> None:
         ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "declares transforms of activations"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "declares sparse weights"),
         ({"ignore": ["re:("]}, "unterminated subpattern"),
-        ({"ignore": [3]}, "cannot be run here"),
+        ({"ignore": [3]}, "ignore is not a list of names"),
+        ({"ignore": "lm_head"}, "ignore is not a list of names"),
     ],
     ids=str,
 )
@@ -188,3 +189,19 @@ def test_what_changes_nothing_is_not(order: str | None) -> None:
         "kv_cache_scheme": None,
     }
     assert read_scheme({"quantization_config": declared}, Path("OUT"), ["lm_head"]) == find_scheme("w4a16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}, "weights of 4 bits per group"),
+        ({"weights": {"strategy": "token"}}, "weights of 8 bits per token"),
+        ({"input_activations": {"dynamic": False}}, "activations of 8 bits per token, static"),
+        ({"input_activations": {"symmetric": False}}, "8 bits are symmetric"),
+        ({"input_activations": None}, "activations that are not quantized"),
+    ],
+    ids=str,
+)
+def test_another_8_bit_format_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_scheme({"quantization_config": group_of(find_scheme("w8a8"), **changes)}, Path("OUT"), ["lm_head"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ import families
 from smoothquant_plus.errors import VerificationError
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.checkpoint import INDEX, Checkpoint
 from smoothquant_plus.models.experts import recorded, repeated, share_with_unreached, tokens_of_experts, unfuse
 from smoothquant_plus.models.families import FAMILIES
-from smoothquant_plus.models.statistics import STATISTICS
+from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
@@ -92,6 +93,39 @@ def test_statistics_of_experts_that_another_tools_text_did_not_reach(
     used = load_file(out / STATISTICS)
     others = [used[f"model.layers.0.mlp.experts.{number}.up_proj"] for number in (0, 1, 3)]
     assert torch.equal(used[f"{expert}.up_proj"], torch.stack(others).amax(dim=0))
+
+
+def test_statistics_may_have_the_checkpoints_names(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    """As SmoothQuant's own script saves them, of models whose modules were called so."""
+    given = calibrate(tiny("mixtral"), tmp_path / "s.safetensors", calibration=Calibration(str(text_file), samples=2, seq_len=32))
+    renamed = {
+        FAMILIES["mixtral"].spellings(f"{name}.weight")[-1].removesuffix(".weight"): maxima for name, maxima in load_file(given).items()
+    }
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in renamed
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    results = []
+    for name in ("s", "renamed"):
+        statistics = Calibration(statistics=tmp_path / f"{name}.safetensors")
+        quantize(tiny("mixtral"), tmp_path / name, calibration=statistics)
+        results.append(load_file(tmp_path / name / SMOOTHING))
+    assert results[0].keys() == results[1].keys() and all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_blocks_beyond_the_last_stay_as_they_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Those for speculative decoding, which transformers' classes have no place for: carried along, and not to be taken for quantized."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny("deepseek-v3"), source)
+    name = "model.layers.2.self_attn.o_proj.weight"
+    extra = {name: torch.ones(64, 64, dtype=torch.float16), "model.layers.2.enorm.weight": torch.ones(64, dtype=torch.float16)}
+    save_file(extra, source / "extra.safetensors")
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
+    (source / INDEX).write_text(json.dumps(index))
+    quantize(source, out, smooth="none")
+    assert torch.equal(Checkpoint(out).read(name), extra[name])
+    ignored = Checkpoint(out).config["quantization_config"]["ignore"]
+    assert "model.layers.2.self_attn.o_proj" in ignored and not any("enorm" in each or "layers.1.self_attn" in each for each in ignored)
+    assert load(out) is not None
 
 
 @pytest.mark.parametrize("name", families.MIXTURES)

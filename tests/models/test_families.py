@@ -131,12 +131,15 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
     # A tenth of each 4-bit weight is wrong, and there are no other weights that could make up for it: two or three blocks of that.
     # In a mixture some tokens go to other experts then.
     mixture = any(isinstance(module, Experts) for module in model.modules())
-    assert relative(reference, logits(full)) < (0.6 if mixture else 0.35 if scheme in WEIGHT_ERROR else 0.25)
+    # What is squared has twice the error, and so has what is multiplied by its own gate.
+    twice = getattr(full.config, "hidden_act", None) == "relu2" or name in families.HYBRID
+    assert relative(reference, logits(full)) < (0.6 if mixture or twice else 0.35 if scheme in WEIGHT_ERROR else 0.25)
     if scheme == "w4a16":
         own, right = load(out, dtype=torch.bfloat16), load(out, dtype=torch.bfloat16, backend="reference")
         for tokens in (3, 40):  # the 4-bit product where there is one, and the float product
             assert relative(logits(own, IDS[:, :tokens]), logits(right, IDS[:, :tokens])) < (0.15 if mixture else 0.05)
-    generated = model.generate(IDS[:, :5].repeat(2, 1), attention_mask=torch.ones(2, 5), max_new_tokens=6, do_sample=False)
+    six = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = model.generate(IDS[:, :5].repeat(2, 1), attention_mask=torch.ones(2, 5), **six)
     assert generated.shape == (2, 11) and torch.equal(generated[0], generated[1])
     # The cache: the whole sequence at once gives what token by token gave.
     if scheme != "tensor":  # whose scale depends on every token in the call
@@ -162,7 +165,8 @@ def test_smoothing_recovers_what_planted_outliers_cost(
     expected = logits(model, ids)
     error = {}
     for setting in ("none", smooth):
-        quantize(source, tmp_path / setting, smooth=setting, calibration=calibration, **(SCHEMES[scheme] | {"alpha": 0.5}))
+        alpha = "default" if setting == "none" else 0.5
+        quantize(source, tmp_path / setting, smooth=setting, calibration=calibration, **(SCHEMES[scheme] | {"alpha": alpha}))
         error[setting] = (logits(load(tmp_path / setting), ids) - expected).square().mean().item()
     assert error[smooth] < left * error["none"], error
 
@@ -199,7 +203,7 @@ def test_transformers_reads_it_by_itself(
 
 
 @pytest.mark.parametrize("scheme", ["static", "w4a16-symmetric"])
-@pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
 def test_what_llm_compressor_writes_is_read(
     name: str, scheme: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
 ) -> None:

@@ -56,6 +56,8 @@ def widened(config: Any) -> Any:
         }
     if config.model_type == "deepseek_v2":
         options |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    if config.model_type == "cohere2":
+        options |= {"sliding_window": 4096}  # vLLM's answers differ from transformers' beyond the window, unquantized, too
     if config.model_type == "deepseek_v3":
         options |= {"head_dim": WIDE["qk_rope_head_dim"], "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     return type(config).from_dict(options)

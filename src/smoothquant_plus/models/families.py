@@ -138,6 +138,16 @@ def shared_experts(path: str, *others: str) -> tuple[Pair, ...]:
     )
 
 
+def hybrid(*projections: str) -> tuple[Pair, ...]:
+    """The pairs of a block with either attention, or linear attention whose input these `projections` read. Those of its gates have few channels
+    and decide how fast it forgets: they stay as they are."""
+    return (
+        Pair("input_layernorm", QKV, optional=True),
+        Pair("input_layernorm", projections, optional=True),
+        replace(VALUES, optional=True),
+    )
+
+
 # A mixture's names in checkpoints like Mixtral's.
 MIXTRAL_NAMES = (
     (r"\.mlp\.(gate|e_score_correction_bias)\b", r".block_sparse_moe.\1"),
@@ -165,9 +175,9 @@ FAMILIES: dict[str, Family] = {
         alpha=0.8,
         disk_names=MIXTRAL_NAMES,
     ),
-    "qwen2": Family(model_types=("qwen2",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "qwen2": Family(model_types=("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     # The norms of its query and key heads feed no linear layer.
-    "qwen3": Family(model_types=("qwen3",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "qwen3": Family(model_types=("qwen3", "qwen3_vl_text"), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "smollm3": Family(model_types=("smollm3",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "granite": Family(model_types=("granite",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "seed_oss": Family(model_types=("seed_oss",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
@@ -193,6 +203,26 @@ FAMILIES: dict[str, Family] = {
         ),
         alpha=None,
     ),
+    "qwen3_next": Family(
+        model_types=("qwen3_next",),
+        blocks="model.layers",
+        pairs=(
+            *hybrid("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+            *DENSE_MLP,
+            *shared_experts("mlp.shared_expert", "mlp.shared_expert_gate"),
+        ),
+        alpha=None,
+        norm_offset=1.0,
+        unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
+    ),
+    "qwen3_5": Family(
+        model_types=("qwen3_5_text",),
+        blocks="model.layers",
+        pairs=(*hybrid(*(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))), *DENSE_MLP),
+        alpha=None,
+        norm_offset=1.0,
+        unquantized=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    ),
     "olmoe": Family(
         model_types=("olmoe",), blocks="model.layers", pairs=(Pair("input_layernorm", QKV), ROUTED, VALUES, EXPERTS_UP), alpha=None
     ),
@@ -204,7 +234,7 @@ FAMILIES: dict[str, Family] = {
         disk_names=MIXTRAL_NAMES,
     ),
     "glm4_moe": Family(
-        model_types=("glm4_moe", "dots1"),
+        model_types=("glm4_moe",),
         blocks="model.layers",
         pairs=(Pair("input_layernorm", QKV), *DENSE_MLP, *shared_experts("mlp.shared_experts"), VALUES),
         alpha=None,
@@ -387,11 +417,12 @@ FAMILIES: dict[str, Family] = {
 
 
 # Models whose language tower is a decoder of another family, at `model.language_model`; its configuration is their `text_config`.
-WRAPPERS = ("llava", "llava_next", "gemma3", "mistral3")
+WRAPPERS = ("llava", "llava_next", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 WRAPPER_DISK_NAMES = (
+    (r"^model\.language_model\.", "model."),  # Qwen 2's, which vLLM calls as all others
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
+    (r"^model\.(vision_tower|multi_modal_projector|image_newline|visual)\b", r"\1"),
     (r"^((model\.)?vision_tower)\.", r"\1.vision_model."),
 )
 
