@@ -44,6 +44,7 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
             raise InputError(f"{option} {number}: give a positive number.")
     config = load_config(Path(model))
     name, family = open_family(config, declared_family(Path(model)))
+    declared = read_config(Path(model)).get("quantization_config")
     dtype = config.dtype or torch.float16
     skeleton: nn.Module = build_skeleton(config, dtype)
     active = list(active_pairs(family, config.get_text_config(), "all"))
@@ -69,5 +70,5 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
         sizes=sizes,
         block_parameters=largest_block(skeleton, family),
         memory_to_quantize=quantizing_bytes(skeleton, family, samples, seq_len),
-        quantized=(read_config(Path(model)).get("quantization_config") or {}).get("quant_method"),
+        quantized=str(declared.get("quant_method")) if isinstance(declared, dict) else None,
     )
