@@ -51,7 +51,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], float]] = {
     **{
         f"{name}-w4a16-{'symmetric' if symmetric else 'asymmetric'}-{smooth}": (
             name,
-            {**W4A16, "symmetric": symmetric, "smooth": smooth},
+            {**W4A16, "symmetric": symmetric, "smooth": smooth, "alpha": "default" if smooth == "none" else 0.5},
             0.12,
         )
         for name, symmetric, smooth in W4A16_SETTINGS
