@@ -37,7 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
     "W4A16: SmoothQuant+, `--smooth all`": {"scheme": "w4a16", "alpha": "model", "smooth": "all"},
     "W4A16: SmoothQuant+, `--alpha block`": {"scheme": "w4a16", "alpha": "block"},
 }
-# Names of llm-compressor's modifiers, in the order of its recipe; activations of the W8A8 rows.
+# Names of llm-compressor's modifiers, in the order of its recipe; the row's name says what is quantized, and to what.
 THEIRS: dict[str, tuple[str, ...]] = {
     "W8A8, per token: rounded to nearest": ("QuantizationModifier",),
     "W8A8, per token: SmoothQuant": ("SmoothQuantModifier", "QuantizationModifier"),

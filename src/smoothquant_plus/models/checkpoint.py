@@ -377,9 +377,9 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
             f"a second one for the output head alone, {named}."
         )
     for key, what in NOT_RUN.items():
-        if declared.get(key) and not (
-            isinstance(declared[key], dict) and declared[key].get("format") == "dense"
-        ):  # says that it is nothing
+        section = declared.get(key)
+        dense = isinstance(section, dict) and section.get("format") == "dense"  # a section that says that there is nothing
+        if section and not dense:
             raise InputError(f"{where / CONFIG} declares {what} ({key}), which cannot be run here.")
     try:
         schemes = [_scheme_of(group, form) for group, form in zip(groups, forms, strict=True)]
