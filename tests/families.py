@@ -14,46 +14,66 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BloomConfig,
     CLIPVisionConfig,
     Cohere2Config,
+    Cohere2MoeConfig,
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
+    ExaoneMoeConfig,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    Glm4vConfig,
+    Glm4vMoeConfig,
     GlmConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    HeliumConfig,
     HunYuanDenseV1Config,
+    InternVLConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    MiMoV2FlashConfig,
     MiniMaxM2Config,
     Ministral3Config,
     MinistralConfig,
     Mistral3Config,
+    Mistral4Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoConfig,
     OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -61,21 +81,24 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2VLConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SeedOssConfig,
     SiglipVisionConfig,
     SmolLM3Config,
+    SolarOpenConfig,
     Starcoder2Config,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from smoothquant_plus.models.blocks import Decoder, is_transposed, linears
 from smoothquant_plus.models.checkpoint import Checkpoint
-from smoothquant_plus.models.families import active_pairs
+from smoothquant_plus.models.families import active_pairs, find_family
 from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.runtime.load import load
 
@@ -104,6 +127,16 @@ VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 SEEN = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
 MULTIMODAL = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # time, height and width of a position
+
+GLM4V = {"rope_parameters": {**MULTIMODAL, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
+GEMMA4 = {
+    **LLAMA_SHAPE,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 # One tiny configuration for each layout that a family's row must be right about.
 TINY: dict[str, Any] = {
@@ -226,7 +259,7 @@ TINY: dict[str, Any] = {
     "ministral": MinistralConfig(
         **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], **COMMON
     ),
-    "ministral3": Ministral3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=ROPE, **COMMON),
+    "ministral3": Ministral3Config(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, rope_parameters=dict(ROPE), **COMMON),
     "olmo3": Olmo3Config(**LLAMA_SHAPE, num_key_value_heads=2, sliding_window=8, **COMMON),
     "exaone4": Exaone4Config(
         **LLAMA_SHAPE, num_key_value_heads=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"], **COMMON
@@ -265,6 +298,144 @@ TINY: dict[str, Any] = {
         )
         for shared in (0, 2)
     },
+    "helium": HeliumConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, **COMMON),
+    "arcee": ArceeConfig(**LLAMA_SHAPE, num_key_value_heads=2, mlp_bias=True, **COMMON),
+    "olmo": OlmoConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+    "phimoe": PhimoeConfig(
+        **LLAMA_SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True, **COMMON
+    ),
+    "solar-open": SolarOpenConfig(**LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, n_routed_experts=4, **MIXTURE, **COMMON),
+    "exaone-moe": ExaoneMoeConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        num_experts=4,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        **MIXTURE,
+        **COMMON,
+    ),
+    "cohere2-moe": Cohere2MoeConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        sliding_window=8,
+        first_k_dense_replace=1,
+        **COMMON,
+    ),
+    "mimo-v2-flash": MiMoV2FlashConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=1,
+        head_dim=24,
+        v_head_dim=16,
+        n_routed_experts=4,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        **MIXTURE,
+        **COMMON,
+    ),
+    "glm4-moe-lite": Glm4MoeLiteConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        mlp_layer_types=["dense", "sparse"],
+        **LATENT,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "mistral4": Mistral4Config(
+        **LLAMA_SHAPE,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        rope_parameters=dict(ROPE),
+        **LATENT,
+        **MIXTURE,
+        **COMMON,
+    ),
+    "gemma4": Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0, **COMMON),
+    "gemma4-per-layer-inputs": Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=32, vocab_size_per_layer_input=VOCABULARY, **COMMON),
+    "gemma4-moe": Gemma4TextConfig(
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        **COMMON,
+    ),
+    # With a state space, or a convolution, in place of attention.
+    **{
+        f"nemotron-h{latent and '-latent'}": NemotronHConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            mamba_num_heads=8,
+            mamba_head_dim=16,
+            ssm_state_size=16,
+            n_groups=2,
+            n_routed_experts=8,
+            moe_shared_expert_intermediate_size=32,
+            moe_latent_size=latent or None,
+            **MIXTURE,
+            **COMMON,
+        )
+        for latent in ("", 32)
+    },
+    "granite-moe": GraniteMoeConfig(**LLAMA_SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **COMMON),
+    **{
+        f"granite-hybrid-{experts}-experts": GraniteMoeHybridConfig(
+            **LLAMA_SHAPE,
+            num_key_value_heads=2,
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+            shared_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"],
+            mamba_n_heads=8,
+            mamba_d_head=16,
+            mamba_d_state=16,
+            residual_multiplier=0.5,
+            **COMMON,
+        )
+        for experts in (0, 4)
+    },
+    "falcon-h1": FalconH1Config(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        mamba_d_ssm=128,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        attention_in_multiplier=0.5,
+        **COMMON,
+    ),
+    "lfm2": Lfm2Config(**LLAMA_SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"], **COMMON),
+    "lfm2-moe": Lfm2MoeConfig(
+        **LLAMA_SHAPE,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"],
+        **MIXTURE,
+        **COMMON,
+    ),
+    "internvl": InternVLConfig(
+        text_config=Qwen2Config(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
+        vision_config={**VISION, "image_size": [16, 16], "patch_size": [8, 8]},
+        image_token_id=255,
+    ),
     "llava": LlavaConfig(
         text_config=LlamaConfig(**LLAMA_SHAPE, num_key_value_heads=2, **COMMON),
         vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
@@ -319,6 +490,31 @@ TINY: dict[str, Any] = {
                 {**SEEN, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
             ),
             (
+                "qwen3-vl-moe",
+                Qwen3VLMoeConfig,
+                {"num_experts": 4, **MIXTURE},
+                {**SEEN, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            ),
+            (
+                "qwen3-5-moe-vision",
+                Qwen3_5MoeConfig,
+                {
+                    "layer_types": ["linear_attention", "full_attention"],
+                    "num_experts": 4,
+                    "shared_expert_intermediate_size": 64,
+                    **LINEAR,
+                    **MIXTURE,
+                },
+                {**SEEN, "out_hidden_size": 64, "num_position_embeddings": 16},
+            ),
+            ("glm4v", Glm4vConfig, GLM4V, {**SEEN, "intermediate_size": 64, "out_hidden_size": 64, "image_size": 16}),
+            (
+                "glm4v-moe",
+                Glm4vMoeConfig,
+                {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **GLM4V, **MIXTURE},
+                {**SEEN, "intermediate_size": 64, "out_hidden_size": 64, "image_size": 16},
+            ),
+            (
                 "qwen3-5-vision",
                 Qwen3_5Config,
                 {"layer_types": ["linear_attention", "full_attention"], **LINEAR},
@@ -326,6 +522,12 @@ TINY: dict[str, Any] = {
             ),
         )
     },
+    "gemma4-vision": Gemma4Config(
+        text_config=Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0, **COMMON),
+        vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
+        audio_config=None,
+        image_token_id=255,
+    ),
     "gemma3-vision": Gemma3Config(
         text_config=Gemma3TextConfig(
             **LLAMA_SHAPE, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, **COMMON
@@ -338,21 +540,33 @@ TINY: dict[str, Any] = {
     ),
 }
 
-# Those with experts, and those whose norms feed no linear layer.
+# The first layout of each family.
+FIRST = tuple({find_family(config)[0]: name for name, config in reversed(TINY.items())}.values())
+
+# Those with experts, and those without a norm that feeds linear layers and has a gain.
 MIXTURES = (
-    *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3"),
-    *("olmoe", "minimax-m2", "glm4-moe", "ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared", "qwen3-next"),
+    *("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3", "mistral4", "glm4-moe-lite"),
+    *("olmoe", "phimoe", "minimax-m2", "glm4-moe", "glm4v-moe", "solar-open", "exaone-moe", "cohere2-moe", "mimo-v2-flash"),
+    *("ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared", "qwen3-next", "qwen3-vl-moe", "qwen3-5-moe-vision", "gemma4-moe"),
+    *("nemotron-h", "nemotron-h-latent", "granite-moe", "granite-hybrid-4-experts", "lfm2-moe"),
 )
-HYBRID = ("qwen3-next", "qwen3-5", "qwen3-5-vision")  # with linear attention
-NORMS_AFTER = ("olmo2", "olmo3", "exaone4")
+ON_DISK_TOGETHER = ("mistral4", "qwen3-vl-moe", "gemma4-moe", "granite-moe", "granite-hybrid-4-experts")
+LATENTS = ("deepseek-v2-lite", "deepseek-v3", "glm4-moe-lite", "mistral4")  # whose keys and values are made of a latent
+HYBRID = (  # with linear attention, a state space or a convolution
+    *("qwen3-next", "qwen3-5", "qwen3-5-vision", "qwen3-5-moe-vision", "nemotron-h", "nemotron-h-latent"),
+    *("granite-hybrid-0-experts", "granite-hybrid-4-experts", "falcon-h1", "lfm2", "lfm2-moe"),
+)
+NORMS_AFTER = ("olmo", "olmo2", "olmo3", "exaone4")
 
 # What transformers' own loader cannot read, per scheme, and why.
 FUSED = "its loader stacks the experts' weights into one tensor, and cannot do that with integers"
 CONV1D = "the layers are Conv1D there, and compressed-tensors quantizes nn.Linear"
 OWN_LINEAR = "its linear layers read their weight themselves, past compressed-tensors"
 SHAPELESS = "it needs `weight_shape`, and takes whatever is in memory where that is missing"
+TOGETHER = "its loader looks for the experts of a block in one tensor, as the source has them"
 UNREADABLE: dict[tuple[str, str], str] = {
     **{(name, "w8a8"): FUSED for name in MIXTURES},
+    **{(name, "w4a16"): TOGETHER for name in ON_DISK_TOGETHER},
     **{("gpt2", scheme): CONV1D for scheme in ("w8a8", "w4a16")},
     ("bloom", "w4a16"): SHAPELESS,
     **{(name, "w4a16"): OWN_LINEAR for name in ("falcon-7b", "falcon-40b", "falcon-one-norm", "falcon-rw")},
@@ -388,7 +602,7 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
 def save(model: Any, like: Path, directory: Path) -> Path:

@@ -18,13 +18,15 @@ BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "cohere", "phi3", "glm", "glm4", "starcoder2", "opt"),
     *("gpt2", "gpt_neox", "gptj", "falcon", "smollm3", "granite", "seed_oss", "ernie4_5", "hunyuan", "ministral", "exaone4", "nemotron"),
-    *("apertus", "phi"),
+    *("apertus", "phi", "helium", "arcee", "olmo"),
 )
 EXPERTS = "W8A8 `token`, W4A16 (without AMX on CPUs: with this package's plugin)"
 VLLM: dict[str, str] = {
     **dict.fromkeys(DENSE, "W8A8, W4A16"),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "olmoe", "glm4_moe"), EXPERTS),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "olmoe", "glm4_moe", "cohere2_moe"), EXPERTS),
     "bloom": "W8A8 `token`, W4A16",
+    "gemma4": f"W8A8, W4A16; with experts {EXPERTS}",
+    "granite_moe": f"`granitemoe`: {EXPERTS}",
 }
 HEADER = (
     "| family | `model_type` | smoothed by `--smooth norms` | and by `all` | error | schemes | transformers reads | vLLM reads "
@@ -45,7 +47,7 @@ def row(name: str, family: Family) -> list[str]:
         return "<br>".join(f"`{pair}`" for pair in pairs) or "nothing"
 
     schemes = {"w8a8": "W8A8", "w4a16": "W4A16"}
-    read = [title for scheme, title in schemes.items() if not any((tiny, scheme) in families.UNREADABLE for tiny in tiny_of(name))]
+    read = [title for scheme, title in schemes.items() if not all((tiny, scheme) in families.UNREADABLE for tiny in tiny_of(name))]
     alphas = [family.alpha, *(alpha for _, alpha in family.alpha_of_sizes)]
     alpha = " or ".join(f"{alpha:g}" for alpha in alphas if alpha is not None) or "none"
     types = ", ".join(f"`{model_type}`" for model_type in family.model_types)

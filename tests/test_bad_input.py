@@ -661,7 +661,7 @@ CASES = [
     ),
     Case(
         "statistics that contradict",
-        lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=2 * torch.ones(64))),
+        lambda b: b.with_statistics("s.safetensors", statistics_with(q_proj=torch.linspace(1, 2, 64))),
         ("/s.safetensors", f"'{Q_PROJ}'", "k_proj", "same input"),
     ),
     # The output.

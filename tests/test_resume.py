@@ -235,7 +235,7 @@ def killed_in_second_block(inputs: Inputs, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "step"), [("quantize", 2), ("calibrate", 3), ("factors", 17), ("model", 13), ("block", 7)])
+@pytest.mark.parametrize(("what", "step"), [("quantize", 5), ("calibrate", 5), ("factors", 37), ("model", 31), ("block", 17)])
 def test_killed_at_operation_after_operation(what: str, step: int, whole: Callable[[str], Whole], inputs: Inputs, home: Path) -> None:
     expected = whole(what)
     output = next(iter(expected.contents)).partition("/")[0]

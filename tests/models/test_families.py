@@ -72,7 +72,7 @@ def test_smoothing_is_exact(name: str, smooth: str, tiny: Callable[..., Path]) -
     assert families.change_by_smoothing(tiny(name, torch.float64), torch.float64, smooth) < 1e-9
 
 
-# Every scheme for every kind of layer; for the other families those that differ most.
+# Every scheme for every kind of layer; for the other families those that differ most, and for more layouts of a family one.
 CORE = ("llama", "opt", "gpt2", "mixtral")
 
 
@@ -96,7 +96,9 @@ def test_what_is_loaded_is_what_transformers_loads(name: str, tiny: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("scheme", "name"), [(scheme, name) for name in families.TINY for scheme in SCHEMES if name in CORE or scheme in ("static", "w4a16")]
+    ("scheme", "name"),
+    [(scheme, name) for name in families.TINY for scheme in SCHEMES if name in CORE or scheme == "static"]
+    + [("w4a16", name) for name in families.FIRST if name not in CORE],
 )
 def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path) -> None:
     """Quantize, verify, load on both backends, generate."""
@@ -143,11 +145,14 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
     assert generated.shape == (2, 11) and torch.equal(generated[0], generated[1])
     # The cache: the whole sequence at once gives what token by token gave.
     if scheme != "tensor":  # whose scale depends on every token in the call
-        assert torch.equal(logits(model, generated)[0, 4:-1].argmax(-1), generated[0, 5:])
+        again = logits(model, generated)[0, 4:-1]
+        behind = again.amax(-1) - again.gather(-1, generated[0, 5:, None])[:, 0]
+        # A state is computed in another order than step by step, and what is rounded after that may take another step.
+        assert behind.max() <= (again.std() / 2 if name in families.HYBRID else 0)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "left", "name"), [("static", 0.05, name) for name in families.TINY] + [("w4a16", 0.7, name) for name in CORE]
+    ("scheme", "left", "name"), [("static", 0.05, name) for name in families.FIRST] + [("w4a16", 0.7, name) for name in CORE]
 )
 def test_smoothing_recovers_what_planted_outliers_cost(
     name: str, scheme: str, left: float, text_file: Path, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
@@ -180,7 +185,8 @@ def read_by_transformers(name: str, directory: Path, **options: Any) -> Any:
     # Static scales are stored, so both compute the same; dynamic ones are max/127 here and in vLLM's kernels, max/127.5 in that emulation.
     # Packed weights are unpacked to float32 here; there, those of experts to float16.
     [(scheme, 0.05, name) for scheme in ("token", "tensor") for name in ("llama", "opt")]
-    + [(scheme, close, name) for scheme, close in (("static", 5e-3), ("w4a16-symmetric", 1e-3)) for name in families.TINY],
+    + [("static", 5e-3, name) for name in families.TINY]
+    + [("w4a16-symmetric", 1e-3, name) for name in dict.fromkeys((*families.FIRST, *families.ON_DISK_TOGETHER))],
 )
 def test_transformers_reads_it_by_itself(
     name: str, scheme: str, close: float, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path

@@ -190,9 +190,14 @@ def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[...,
         with pytest.raises(InputError, match="of 'gptj' in its own code"):
             load(tiny(name), attention="int8")
         return
+    if name == "mimo-v2-flash":
+        with pytest.raises(InputError, match="does not compute the sinks"):
+            load(tiny(name), attention="int8")
+        return
     floats, model = load(tiny(name), dtype=torch.float32), load(tiny(name), dtype=torch.float32, attention="int8")
+    close = 0.1 if name == "phimoe" else 0.05  # its router takes an expert or leaves it, and a token goes elsewhere here
     right, at_once = floats(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
-    assert 0 < (at_once - right).norm() / right.norm() < 0.05
+    assert 0 < (at_once - right).norm() / right.norm() < close
     called = module.cache_argument(model)
     output = model(IDS[:, :40])
     cache, steps = output[called], []
@@ -207,8 +212,8 @@ def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[...,
     if name in ("bloom", "falcon-rw"):
         del how["position_ids"]  # they have none
     right, shifted = (each(padded, **how).logits[:, 7:] for each in (floats, model))
-    assert 0 < (shifted - right).norm() / right.norm() < 0.05
-    if not name.startswith("deepseek"):  # which keep what keys are made from
+    assert 0 < (shifted - right).norm() / right.norm() < close
+    if name not in families.LATENTS:
         assert cache.get_seq_length() == IDS.shape[1]
         assert all(
             isinstance(layer, Int8Layer) and layer.cache is not None and layer.cache[0].dtype == torch.uint8 for layer in cache.layers

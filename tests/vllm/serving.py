@@ -38,6 +38,9 @@ WIDE = {
     "ffn_hidden_size": 512,  # Falcon's, four times the hidden size
     **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), 32),
     "rotary_dim": 16,
+    "global_head_dim": 64,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
     "q_lora_rank": 128,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -56,7 +59,9 @@ def widened(config: Any) -> Any:
         }
     if config.model_type == "deepseek_v2":
         options |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
-    if config.model_type == "cohere2":
+    if config.model_type == "glm4_moe_lite":
+        options |= {"first_k_dense_replace": 1}  # which its config.json has on the hub, beside mlp_layer_types
+    if config.model_type.startswith("cohere2"):
         options |= {"sliding_window": 4096}  # vLLM's answers differ from transformers' beyond the window, unquantized, too
     if config.model_type == "deepseek_v3":
         options |= {"head_dim": WIDE["qk_rope_head_dim"], "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -87,7 +92,7 @@ def ours(directory: Path) -> Answer:
 
 def open_engine(directory: Path, **options: Any) -> LLM:
     """vLLM on the model in `directory`."""
-    if AutoConfig.from_pretrained(directory).model_type.startswith("deepseek"):
+    if AutoConfig.from_pretrained(directory).model_type in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
         options = {"compilation_config": {"custom_ops": ["none"]}, **options}  # docs/formats.md: its norm is wrong without
     small = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256, "gpu_memory_utilization": 0.2}
     kept = {"max_logprobs": families.VOCABULARY, "enable_prefix_caching": False, "disable_log_stats": True}

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_plus.errors import InputError, did_you_mean
@@ -122,7 +122,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     frequencies, real. Whatever computes as a linear layer, one of many fused experts too, is an nn.Linear.
 
     Raises InputError for a configuration that transformers cannot build."""
-    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    # In this order: of a wrapper, AutoModelForCausalLM may give the language tower alone, under names that its checkpoint does not have (Qwen3.5).
+    auto = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)

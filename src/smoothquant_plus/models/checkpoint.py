@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,15 +61,23 @@ COMPANIONS = (
 
 FINGERPRINT_PAGES = 64
 
+# How names of two tensors that hold all experts of a block end, and what their path ends with where each has its own.
+FUSED_EXPERTS = (
+    (".experts.gate_up_proj", ".experts.down_proj", ".experts"),
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts"),
+)
+
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its bytes begin at `offset` of the file `shard`."""
+    """Where a tensor lies: its bytes begin at `offset` of the file `shard`. With `columns` (first, all) a matrix with so many columns begins
+    there, and the tensor are some of those, from the first on, transposed."""
 
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    columns: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +103,7 @@ class Checkpoint:
                         f"{directory / INDEX} says that {shard} holds '{name}', but it does not: download the checkpoint again."
                     )
                 self.tensors[name] = found[name]
+        self.tensors = _separate_experts(self.tensors)
 
     def read(self, name: str, finite: bool = True, rows: slice | None = None) -> Tensor:
         """The tensor `name`, or some of its rows, in memory of its own. Raises InputError when it is not there, and with `finite` for values
@@ -104,7 +113,9 @@ class Checkpoint:
         info = self.tensors[name]
         path = self.directory / info.shard
         shape, offset = info.shape, info.offset
-        if rows is not None:
+        if info.columns is not None:
+            shape = (info.shape[1], info.columns[1])
+        elif rows is not None:
             first, end, _ = rows.indices(info.shape[0])
             shape, offset = (end - first, *info.shape[1:]), info.offset + first * (info.nbytes // info.shape[0])
         tensor = torch.empty(shape, dtype=info.dtype)
@@ -117,6 +128,8 @@ class Checkpoint:
             raise InputError(f"cannot read '{name}' from {path}: {error}") from error
         if not complete:
             raise InputError(f"cannot read '{name}' from {path}: the file has become shorter since it was opened.")
+        if info.columns is not None:
+            tensor = tensor[:, info.columns[0] :][:, : info.shape[0]].t()[rows or slice(None)].contiguous()
         # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
         if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
             raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
@@ -195,6 +208,41 @@ def _find_shards(directory: Path) -> dict[str, list[str] | None]:
             "you trust: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors."
         )
     raise InputError(f"{directory} has no weights: neither {SINGLE} nor {INDEX} is there.")
+
+
+def _separate_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors, and in place of two that hold all experts of a block a matrix of each: `experts.3.up_proj.weight` is a part of
+    `experts.gate_up_proj`. They lie there as linear layers have them, (E, 2 * intermediate, hidden) and (E, hidden, intermediate), or
+    transposed; the two shapes together tell which. Others stay as they are."""
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for first, last, path in FUSED_EXPERTS:
+        for name, gate_up in tensors.items():
+            base, found = re.subn(re.escape(first) + "$", "", name)
+            down = tensors.get(base + last)
+            if not found or down is None or not (len(gate_up.shape) == len(down.shape) == 3 and gate_up.shape[0] == down.shape[0]):
+                continue
+            hidden, intermediate = down.shape[1:]
+            transposed = gate_up.shape[1:] == (intermediate, 2 * hidden)  # then those two are the other way round
+            if transposed or gate_up.shape[1:] == (2 * intermediate, hidden):
+                parts[name] = _matrices(gate_up, base + path, ("gate_proj", "up_proj"), transposed)
+                parts[base + last] = _matrices(down, base + path, ("down_proj",), transposed)
+    return {new: part for name, info in tensors.items() for new, part in parts.get(name, {name: info}).items()}
+
+
+def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transposed: bool) -> dict[str, TensorInfo]:
+    """The weight of each expert's `projections`, which `fused` holds next to each other, one expert after the other."""
+    count, height, width = fused.shape
+    matrices = {}
+    for number in range(count):
+        for place, projection in enumerate(projections):
+            size = (width if transposed else height) // len(projections)
+            matrices[f"{path}.{number}.{projection}.weight"] = replace(
+                fused,
+                shape=(size, height if transposed else width),
+                offset=fused.offset + fused.dtype.itemsize * width * (number * height + (0 if transposed else place * size)),
+                columns=(place * size, width) if transposed else None,
+            )
+    return matrices
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

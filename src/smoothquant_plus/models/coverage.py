@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.experts import together
 from smoothquant_plus.models.families import SMOOTH, Pair, is_exact, pairs_in
 
 UNPAIRED = "what feeds it takes no factor"
@@ -49,11 +49,6 @@ def _reason(decoder: Decoder, modules: dict[str, Any], name: str, smooth: str, a
         if unmet:
             return f"smoothing it would not be exact: {', '.join(unmet)}"
     return UNPAIRED
-
-
-def together(name: str) -> str:
-    """`name` with the number of an expert replaced by `*`."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def summary(records: Iterable[dict[str, Any]], path: Callable[[int], str]) -> list[str]:

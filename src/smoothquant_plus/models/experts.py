@@ -17,23 +17,24 @@ from smoothquant_plus.method.statistics import ChannelMaxima
 
 
 class Expert(nn.Module):
-    """down_proj(act(gate_proj(x)) * up_proj(x)), for x (tokens, hidden)."""
+    """down_proj(act(gate_proj(x)) * up_proj(x)), or without gates down_proj(act(up_proj(x))), for x (tokens, hidden)."""
 
-    def __init__(self, hidden: int, intermediate: int, act_fn: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, hidden: int, intermediate: int, gated: bool, act_fn: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype, device=device)
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype, device=device) if gated else None
         self.up_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype, device=device)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False, dtype=dtype, device=device)
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        y: Tensor = self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
         return y
 
 
 class Experts(nn.ModuleList):
-    """In place of a transformers module that has all experts' weights in `gate_up_proj` (E, 2 * intermediate, hidden) and `down_proj`
-    (E, hidden, intermediate)."""
+    """In place of a transformers module that has all experts' weights in `gate_up_proj` (E, 2 * intermediate, hidden), or without gates in
+    `up_proj` (E, intermediate, hidden), and in `down_proj` (E, hidden, intermediate)."""
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """For each token the weighted sum of its experts: `hidden` (tokens, hidden), the others (tokens, experts per token)."""
@@ -51,31 +52,37 @@ def unfuse(model: nn.Module) -> None:
     checked: set[type] = set()
     for path, module in list(model.named_modules()):
         fused = dict(module.named_parameters(recurse=False))
-        if not {"gate_up_proj", "down_proj"} <= set(fused) or fused["down_proj"].ndim != 3:
+        if "down_proj" not in fused or fused["down_proj"].ndim != 3:
             continue
         count, hidden, intermediate = fused["down_proj"].shape
-        if set(fused) != {"gate_up_proj", "down_proj"} or fused["gate_up_proj"].shape != (count, 2 * intermediate, hidden):
+        ups = {"gate_up_proj": (count, 2 * intermediate, hidden), "up_proj": (count, intermediate, hidden)}
+        up = next((name for name, shape in ups.items() if fused.keys() == {name, "down_proj"} and fused[name].shape == shape), None)
+        if up is None:
             raise ValueError(f"the experts in {path} are laid out in a way that is not known: {', '.join(fused)}")
-        if type(module) not in checked and not _computes_the_same(module):
-            raise ValueError(f"the experts in {path} ({type(module).__name__}) compute something else than down(act(gate) * up)")
+        gated = up == "gate_up_proj"
+        if type(module) not in checked and not _computes_the_same(module, gated):
+            function = "down(act(gate) * up)" if gated else "down(act(up))"
+            raise ValueError(f"the experts in {path} ({type(module).__name__}) compute something else than {function}")
         checked.add(type(module))
         down: Any = fused["down_proj"]
-        model.set_submodule(path, Experts(Expert(hidden, intermediate, module.act_fn, down.dtype, down.device) for _ in range(count)))
+        experts = (Expert(hidden, intermediate, gated, module.act_fn, down.dtype, down.device) for _ in range(count))
+        model.set_submodule(path, Experts(experts))
 
 
 @torch.no_grad()
-def _computes_the_same(module: Any) -> bool:
+def _computes_the_same(module: Any, gated: bool) -> bool:
     """Whether fused experts give what `Experts` does, tried with small random weights in place of theirs."""
     hidden, intermediate, count, dtype = 8, 4, module.down_proj.shape[0], torch.float32
     generator = torch.Generator().manual_seed(0)
     small = copy.deepcopy(module)
-    small.gate_up_proj = nn.Parameter(torch.randn(count, 2 * intermediate, hidden, generator=generator, dtype=dtype))
+    up = nn.Parameter(torch.randn(count, (2 if gated else 1) * intermediate, hidden, generator=generator, dtype=dtype))
+    setattr(small, "gate_up_proj" if gated else "up_proj", up)
     small.down_proj = nn.Parameter(torch.randn(count, hidden, intermediate, generator=generator, dtype=dtype))
-    experts = Experts(Expert(hidden, intermediate, module.act_fn, dtype, torch.device("cpu")) for _ in range(count))
+    experts = Experts(Expert(hidden, intermediate, gated, module.act_fn, dtype, torch.device("cpu")) for _ in range(count))
     for number in range(count):
-        gate, up = small.gate_up_proj[number].chunk(2)
-        weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": small.down_proj[number]}
-        experts[number].load_state_dict(weights)
+        names = ("gate_proj.weight", "up_proj.weight") if gated else ("up_proj.weight",)
+        weights = dict(zip(names, up[number].chunk(len(names)), strict=True))
+        experts[number].load_state_dict({**weights, "down_proj.weight": small.down_proj[number]})
     x = 20 * torch.randn(6, hidden, generator=generator, dtype=dtype)  # large enough for any clamp
     arguments = (x, torch.arange(6)[:, None] % count, torch.rand(6, 1, generator=generator, dtype=dtype))
     try:
@@ -84,12 +91,17 @@ def _computes_the_same(module: Any) -> bool:
         return False
 
 
+def together(name: str) -> str:
+    """The path `name` with the number of an expert replaced by `*`."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", name)
+
+
 def share_with_unreached(measured: Mapping[str, ChannelMaxima]) -> None:
     """Give each expert's linear that saw no token the maxima over all the other experts: for those behind a norm, which sends every token
     to some expert, that is the maxima of the norm's own output."""
     siblings: defaultdict[str, list[ChannelMaxima]] = defaultdict(list)
     for name, channels in measured.items():
-        siblings[re.sub(r"\.experts\.\d+\.", ".experts.*.", name)].append(channels)
+        siblings[together(name)].append(channels)
     for group in siblings.values():
         shared = torch.stack([channels.maxima for channels in group]).amax(dim=0)
         for channels in group:
@@ -101,7 +113,7 @@ def tokens_of_experts(measured: Mapping[str, ChannelMaxima]) -> dict[str, list[i
     """How many tokens each expert saw, by the path of its block's experts."""
     counts: defaultdict[str, list[int]] = defaultdict(list)
     for name, channels in measured.items():
-        if found := re.fullmatch(r"(.*\.experts)\.\d+\.up_proj", name):
+        if found := re.fullmatch(r"((?:.*\.)?experts)\.\d+\.up_proj", name):
             counts[found[1]].append(channels.tokens)
     return dict(counts)
 

@@ -51,7 +51,8 @@ class Pair:
 
 @dataclass(frozen=True, config=STRICT)
 class Refusal:
-    """A layout of the family that smoothing would change the function of: `when` the configuration has these values, `reason`."""
+    """A layout of the family that smoothing would change the function of: `when` the configuration has these values (as in
+    `Pair.requires`), `reason`."""
 
     when: Mapping[str, Any]
     reason: str
@@ -104,16 +105,17 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Attention is linear in the values; act(gate) * up is linear in up, whatever the activation function.
 VALUES = Pair("self_attn.v_proj", ("self_attn.o_proj",), rows="values", when="all")
 UP = Pair("mlp.up_proj", ("mlp.down_proj",), when="all")
+ATTENTION = Pair("input_layernorm", QKV)
 LLAMA_PAIRS = (
-    Pair("input_layernorm", QKV),
+    ATTENTION,
     Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     VALUES,
     UP,
 )
 # Gemma 2 and 3: post_attention_layernorm is on the way back to the residual stream, and feeds no linear layer.
-GEMMA2_PAIRS = (Pair("input_layernorm", QKV), Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), VALUES, UP)
+GEMMA2_PAIRS = (ATTENTION, Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), VALUES, UP)
 GLM_PAIRS = (
-    Pair("input_layernorm", QKV),
+    ATTENTION,
     Pair("post_attention_layernorm", ("mlp.gate_up_proj",)),
     VALUES,
     Pair("mlp.gate_up_proj", ("mlp.down_proj",), rows="last_half", when="all"),
@@ -121,30 +123,25 @@ GLM_PAIRS = (
 # No norm in front of attention and MLP: they read the residual stream itself, and norms come after them.
 NORMS_AFTER = (VALUES, UP)
 PARALLEL = (Pair("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")), VALUES, UP)  # attention and MLP read the same norm
-EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
-EXPERTS_UP = Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",), when="all", optional=True)
-DENSE_MLP = (
-    Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), optional=True),
-    Pair("mlp.up_proj", ("mlp.down_proj",), when="all", optional=True),
-)
+# In models whose blocks have attention or something linear in its place.
+OPTIONAL_VALUES = replace(VALUES, optional=True)
 
 
-def shared_experts(path: str, *others: str) -> tuple[Pair, ...]:
-    """The pairs of a mixture with an expert at `path` that every token goes to; the norm feeds the router `mlp.gate` and `others` too."""
+def mixer(*projections: str) -> Pair:
+    """The first norm of a block with attention, or with linear attention or a state space whose input these `projections` read."""
+    return Pair("input_layernorm", (*QKV, *projections), optional=True)
+
+
+def mixture(
+    *others: str, norm: str = "post_attention_layernorm", router: str = "mlp.gate", experts: str = "mlp.experts", shared: str = ""
+) -> tuple[Pair, ...]:
+    """The pairs of a block that has one MLP, or experts and perhaps one at `shared` that every token goes to. `norm` feeds the `router` and
+    `others`, too."""
+    mlps = ("mlp", experts + ".*", *([shared] if shared else []))
+    inputs = [f"{mlp}.{projection}" for mlp in mlps for projection in ("gate_proj", "up_proj")]
     return (
-        Pair("post_attention_layernorm", ("mlp.gate", *others, f"{path}.gate_proj", f"{path}.up_proj", *EXPERTS), optional=True),
-        Pair(f"{path}.up_proj", (f"{path}.down_proj",), when="all", optional=True),
-        EXPERTS_UP,
-    )
-
-
-def hybrid(*projections: str) -> tuple[Pair, ...]:
-    """The pairs of a block with either attention, or linear attention whose input these `projections` read. Those of its gates have few channels
-    and decide how fast it forgets: they stay as they are."""
-    return (
-        Pair("input_layernorm", QKV, optional=True),
-        Pair("input_layernorm", projections, optional=True),
-        replace(VALUES, optional=True),
+        Pair(norm, (router, *others, *inputs), optional=True),
+        *(Pair(f"{mlp}.up_proj", (f"{mlp}.down_proj",), when="all", optional=True) for mlp in mlps),
     )
 
 
@@ -155,7 +152,12 @@ MIXTRAL_NAMES = (
     (r"\.mlp\.experts\.(\d+)\.down_proj\b", r".block_sparse_moe.experts.\1.w2"),
     (r"\.mlp\.experts\.(\d+)\.up_proj\b", r".block_sparse_moe.experts.\1.w3"),
 )
-ROUTED = Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS), optional=True)
+
+# What reads the norm of Nemotron-H's blocks, each of which is one of them: a state space, attention, an MLP or a mixture of experts.
+MIXERS = (
+    *("mixer.in_proj", "mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.up_proj"),
+    *("mixer.gate", "mixer.shared_experts.up_proj"),
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -171,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_types=("mixtral",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.gate", *EXPERTS)), VALUES, EXPERTS_UP),
+        pairs=(ATTENTION, *mixture(), VALUES),
         alpha=0.8,
         disk_names=MIXTRAL_NAMES,
     ),
@@ -184,100 +186,195 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5": Family(model_types=("ernie4_5",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "hunyuan": Family(model_types=("hunyuan_v1_dense",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "ministral": Family(model_types=("ministral", "ministral3"), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
+    "helium": Family(model_types=("helium",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None),
     "qwen2_moe": Family(
         model_types=("qwen2_moe",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), *DENSE_MLP, *shared_experts("mlp.shared_expert", "mlp.shared_expert_gate"), VALUES),
+        pairs=(ATTENTION, *mixture("mlp.shared_expert_gate", shared="mlp.shared_expert"), VALUES),
         alpha=None,
         unquantized=("mlp.shared_expert_gate",),
     ),
     "qwen3_moe": Family(
-        model_types=("qwen3_moe",),
-        blocks="model.layers",
-        pairs=(
-            Pair("input_layernorm", QKV),
-            *DENSE_MLP,
-            ROUTED,
-            VALUES,
-            EXPERTS_UP,
-        ),
-        alpha=None,
+        model_types=("qwen3_moe", "qwen3_vl_moe_text"), blocks="model.layers", pairs=(ATTENTION, *mixture(), VALUES), alpha=None
     ),
+    # The gates of linear attention have few channels and decide how fast it forgets: they stay as they are.
     "qwen3_next": Family(
         model_types=("qwen3_next",),
         blocks="model.layers",
         pairs=(
-            *hybrid("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
-            *DENSE_MLP,
-            *shared_experts("mlp.shared_expert", "mlp.shared_expert_gate"),
+            mixer("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+            *mixture("mlp.shared_expert_gate", shared="mlp.shared_expert"),
+            OPTIONAL_VALUES,
         ),
         alpha=None,
         norm_offset=1.0,
         unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
     ),
     "qwen3_5": Family(
-        model_types=("qwen3_5_text",),
+        model_types=("qwen3_5_text", "qwen3_5_moe_text"),
         blocks="model.layers",
-        pairs=(*hybrid(*(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))), *DENSE_MLP),
+        pairs=(
+            mixer(*(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))),
+            *mixture("mlp.shared_expert_gate", shared="mlp.shared_expert"),
+            OPTIONAL_VALUES,
+        ),
         alpha=None,
         norm_offset=1.0,
-        unquantized=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+        unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     ),
-    "olmoe": Family(
-        model_types=("olmoe",), blocks="model.layers", pairs=(Pair("input_layernorm", QKV), ROUTED, VALUES, EXPERTS_UP), alpha=None
-    ),
+    "olmoe": Family(model_types=("olmoe",), blocks="model.layers", pairs=(ATTENTION, *mixture(), VALUES), alpha=None),
     "minimax_m2": Family(
         model_types=("minimax_m2",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), ROUTED, VALUES, EXPERTS_UP),
+        pairs=(ATTENTION, *mixture(), VALUES),
         alpha=None,
         disk_names=MIXTRAL_NAMES,
     ),
-    "glm4_moe": Family(
-        model_types=("glm4_moe",),
+    "phimoe": Family(
+        model_types=("phimoe",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), *DENSE_MLP, *shared_experts("mlp.shared_experts"), VALUES),
+        pairs=(ATTENTION, *mixture(router="mlp.router"), VALUES),
         alpha=None,
+        disk_names=((r"\.mlp\.router\b", ".block_sparse_moe.gate"), *MIXTRAL_NAMES),
+        unquantized=("mlp.router",),
+    ),
+    "glm4_moe": Family(
+        model_types=("glm4_moe", "glm4v_moe_text", "exaone_moe", "solar_open"),
+        blocks="model.layers",
+        pairs=(ATTENTION, *mixture(shared="mlp.shared_experts"), VALUES),
+        alpha=None,
+        disk_names=((r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),),  # EXAONE's
     ),
     "ernie4_5_moe": Family(
         model_types=("ernie4_5_moe",),
         blocks="model.layers",
-        pairs=(
-            Pair("input_layernorm", QKV),
-            *DENSE_MLP,
-            replace(ROUTED, requires={"moe_num_shared_experts": 0}),
-            *(replace(pair, requires={"moe_num_shared_experts": ...}) for pair in shared_experts("mlp.shared_experts")[:2]),
-            EXPERTS_UP,
-            VALUES,
-        ),
+        pairs=(ATTENTION, *mixture(shared="mlp.shared_experts"), VALUES),
         alpha=None,
         disk_names=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),),
     ),
+    # Its values have heads of another size, and layers differ in how many.
+    "mimo_v2": Family(
+        model_types=("mimo_v2_flash",),
+        blocks="model.layers",
+        pairs=(ATTENTION, *mixture()),
+        alpha=None,
+        disk_names=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),),
+    ),
     "deepseek": Family(
-        model_types=("deepseek_v2", "deepseek_v3"),
+        model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4"),
         blocks="model.layers",
         pairs=(
-            # Queries, keys and values go through latents with norms of their own; the keys' rotary part goes past them.
-            Pair("input_layernorm", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), requires={"q_lora_rank": None}),
-            Pair("input_layernorm", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), requires={"q_lora_rank": ...}),
-            Pair("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), requires={"q_lora_rank": ...}),
+            # Queries, keys and values go through latents with norms of their own, the queries of small models do not; the keys' rotary
+            # part goes past them.
+            Pair("input_layernorm", ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), optional=True),
+            Pair("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), optional=True),
             Pair("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
             Pair("self_attn.kv_b_proj", ("self_attn.o_proj",), rows="latent_values", when="all"),
-            *DENSE_MLP,
-            *shared_experts("mlp.shared_experts"),
+            *mixture(shared="mlp.shared_experts"),
         ),
         alpha=None,
+    ),
+    # Its experts may read a latent instead of the norm. What goes through relu(x) ** 2 would have to be divided by a root.
+    "nemotron_h": Family(
+        model_types=("nemotron_h",),
+        blocks="model.layers",
+        pairs=(
+            Pair("norm", (*MIXERS, "mixer.experts.*.up_proj"), optional=True, requires={"moe_latent_size": None}),
+            Pair("norm", (*MIXERS, "mixer.fc1_latent_proj"), optional=True, requires={"moe_latent_size": ...}),
+            Pair("mixer.v_proj", ("mixer.o_proj",), rows="values", when="all", optional=True),
+        ),
+        alpha=None,
+        disk_names=((r"^model\.", "backbone."),),
+    ),
+    "granite_moe": Family(
+        model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        blocks="model.layers",
+        pairs=(
+            mixer("mamba.in_proj"),
+            *mixture("shared_mlp.input_linear", router="block_sparse_moe.router", experts="block_sparse_moe.experts"),
+            Pair("shared_mlp.input_linear", ("shared_mlp.output_linear",), rows="last_half", when="all", optional=True),
+            OPTIONAL_VALUES,
+        ),
+        alpha=None,
+        disk_names=((r"\.router\.weight$", ".router.layer.weight"),),
+    ),
+    "falcon_h1": Family(
+        model_types=("falcon_h1",),
+        blocks="model.layers",
+        pairs=(
+            Pair("input_layernorm", (*QKV, "mamba.in_proj")),  # attention and state space are parallel
+            Pair("pre_ff_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj")),
+            VALUES,
+            Pair("feed_forward.up_proj", ("feed_forward.down_proj",), when="all"),
+        ),
+        alpha=None,
+        returns_tuple=True,
+    ),
+    "lfm2": Family(
+        model_types=("lfm2", "lfm2_moe"),
+        blocks="model.layers",
+        pairs=(
+            Pair("operator_norm", (*QKV, "conv.in_proj"), optional=True),
+            Pair(
+                "ffn_norm",
+                (
+                    *("feed_forward.w1", "feed_forward.w3", "feed_forward.gate"),
+                    *("feed_forward.experts.*.gate_proj", "feed_forward.experts.*.up_proj"),
+                ),
+                optional=True,
+            ),
+            Pair("self_attn.v_proj", ("self_attn.out_proj",), rows="values", when="all", optional=True),
+            Pair("feed_forward.w3", ("feed_forward.w2",), when="all", optional=True),
+            Pair("feed_forward.experts.*.up_proj", ("feed_forward.experts.*.down_proj",), when="all", optional=True),
+        ),
+        alpha=None,
+        disk_names=tuple(
+            (rf"\.experts\.(\d+)\.{ours}\b", rf".experts.\1.{theirs}")
+            for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+        ),
     ),
     "gemma": Family(model_types=("gemma",), blocks="model.layers", pairs=LLAMA_PAIRS, alpha=None, norm_offset=1.0),
     "gemma2": Family(model_types=("gemma2",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
     "gemma3": Family(model_types=("gemma3_text",), blocks="model.layers", pairs=GEMMA2_PAIRS, alpha=None, norm_offset=1.0),
+    "gemma4": Family(
+        model_types=("gemma4_text",),
+        blocks="model.layers",
+        pairs=(
+            Pair("input_layernorm", QKV, optional=True),  # values may be the keys' projection; they are normalized
+            Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+            Pair("pre_feedforward_layernorm_2", ("experts.*.gate_proj", "experts.*.up_proj"), optional=True),
+            UP,
+            Pair("experts.*.up_proj", ("experts.*.down_proj",), when="all", optional=True),
+        ),
+        alpha=None,
+        unquantized=("router.proj",),
+        refuse=(
+            Refusal(
+                {"num_kv_shared_layers": ...}, "its last blocks read the keys and values of earlier ones, so no block can be run by itself"
+            ),
+        ),
+    ),
+    # No gain to fold factors into: its norms do not multiply. Clamped values let none through.
+    "olmo": Family(model_types=("olmo",), blocks="model.layers", pairs=(replace(VALUES, requires={"clip_qkv": None}), UP), alpha=None),
     "olmo2": Family(model_types=("olmo2", "olmo3"), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
     "exaone4": Family(model_types=("exaone4",), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
     "cohere": Family(model_types=("cohere", "cohere2"), blocks="model.layers", pairs=PARALLEL, alpha=None),
+    "cohere2_moe": Family(
+        model_types=("cohere2_moe",),
+        blocks="model.layers",
+        pairs=(*mixture(*QKV, norm="input_layernorm", shared="mlp.shared_experts"), VALUES),
+        alpha=None,
+    ),
+    "arcee": Family(
+        model_types=("arcee",),
+        blocks="model.layers",
+        pairs=(ATTENTION, Pair("post_attention_layernorm", ("mlp.up_proj",)), VALUES),
+        alpha=None,
+    ),
     "nemotron": Family(
         model_types=("nemotron",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.up_proj",)), VALUES),
+        pairs=(ATTENTION, Pair("post_attention_layernorm", ("mlp.up_proj",)), VALUES),
         alpha=None,
         norm_offset=1.0,
     ),
@@ -308,11 +405,11 @@ FAMILIES: dict[str, Family] = {
         alpha=None,
     ),
     "glm": Family(model_types=("glm",), blocks="model.layers", pairs=GLM_PAIRS, alpha=0.75),
-    "glm4": Family(model_types=("glm4",), blocks="model.layers", pairs=GLM_PAIRS, alpha=0.75),
+    "glm4": Family(model_types=("glm4", "glm4v_text"), blocks="model.layers", pairs=GLM_PAIRS, alpha=0.75),
     "starcoder2": Family(
         model_types=("starcoder2",),
         blocks="model.layers",
-        pairs=(Pair("input_layernorm", QKV), Pair("post_attention_layernorm", ("mlp.c_fc",)), VALUES),
+        pairs=(ATTENTION, Pair("post_attention_layernorm", ("mlp.c_fc",)), VALUES),
         alpha=None,
     ),
     "opt": Family(
@@ -417,7 +514,10 @@ FAMILIES: dict[str, Family] = {
 
 
 # Models whose language tower is a decoder of another family, at `model.language_model`; its configuration is their `text_config`.
-WRAPPERS = ("llava", "llava_next", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+WRAPPERS = (
+    *("llava", "llava_next", "internvl", "mistral3", "gemma3", "gemma4", "glm4v", "glm4v_moe"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+)
 WRAPPER_DISK_NAMES = (
     (r"^model\.language_model\.", "model."),  # Qwen 2's, which vLLM calls as all others
     (r"^model\.language_model\.", "language_model.model."),
@@ -465,7 +565,7 @@ def find_family(config: Any) -> tuple[str, Family]:
 def check_refusals(family: Family, config: Any) -> None:
     """Raises InputError for a layout of the family that cannot be smoothed."""
     for refusal in family.refuse:
-        if all(getattr(config, key, None) == value for key, value in refusal.when.items()):
+        if all(_fits(getattr(config, key, None), value) for key, value in refusal.when.items()):
             raise InputError(
                 f"this '{config.model_type}' layout cannot be smoothed exactly: {refusal.reason}. Other layouts of its family can."
             )
@@ -505,21 +605,23 @@ def _fits(found: Any, required: Any) -> bool:
 def pairs_in(modules: Collection[str], pairs: Sequence[Pair]) -> Iterator[Pair]:
     """The `pairs` of a block that has these `modules`, by path, with each `*` replaced by the experts that are there.
 
-    Raises InputError when a pair is there in part.
+    Raises InputError when a pair that is not optional is there in part, and when one has sinks and no source.
     """
     for pair in pairs:
         for source, expert in _matches(pair.source, modules) or [(pair.source, "*")]:
             patterns = [sink.replace("*", expert) if "*" in pair.source else sink for sink in pair.sinks]
-            sinks = [[name for name, _ in _matches(pattern, modules)] for pattern in patterns]
-            if pair.optional and not any(sinks):
-                continue
-            absent = [name for name, found in zip((source, *patterns), (source in modules, *sinks), strict=True) if not found]
+            sinks = {pattern: [name for name, _ in _matches(pattern, modules)] for pattern in patterns}
+            if pair.optional:
+                sinks = {pattern: found for pattern, found in sinks.items() if found}
+                if not sinks:
+                    continue
+            absent = [name for name, found in {source: source in modules, **sinks}.items() if not found]
             if absent:
                 raise InputError(
                     f"the pair {pair.source} -> {', '.join(pair.sinks)} matches nothing: the model's blocks have no '{absent[0]}'."
                     f"{did_you_mean(absent[0], modules)} Its row in models/families.py does not fit this model."
                 )
-            yield replace(pair, source=source, sinks=tuple(name for found in sinks for name in found))
+            yield replace(pair, source=source, sinks=tuple(name for found in sinks.values() for name in found))
 
 
 def _matches(pattern: str, modules: Collection[str]) -> list[tuple[str, str]]:
