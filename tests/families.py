@@ -96,9 +96,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from smoothquant_plus.models.blocks import Decoder, is_transposed, linears
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.families import active_pairs, find_family
+from smoothquant_plus.models.skeleton import is_transposed, linears
 from smoothquant_plus.models.transform import smooth_block
 from smoothquant_plus.runtime.load import load
 

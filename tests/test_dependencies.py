@@ -27,10 +27,10 @@ LEVELS = [
 # Heavy or optional packages, and the only files that may import them.
 ONLY_IN = {
     "transformers": {
-        *("models/blocks.py", "runtime/attention.py", "runtime/unquantized.py", "runtime/load.py", "text.py"),
+        *("models/skeleton.py", "runtime/attention.py", "runtime/unquantized.py", "runtime/load.py", "text.py"),
         "evaluation/benchmark_model.py",
     },
-    "accelerate": {"models/blocks.py"},
+    "accelerate": {"models/skeleton.py"},
     "compressed_tensors": {"models/checkpoint.py"},
     "datasets": {"text.py", "evaluation/tasks.py"},
     "psutil": {"search.py", "runtime/serve.py"},

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import Decoder, head_paths
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, quantization_config, read_config, write_index, write_shard
 from smoothquant_plus.models.families import FAMILY_FILE
+from smoothquant_plus.models.skeleton import head_paths
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.models.transform import head_tensors, quantize_head, unquantized
 from smoothquant_plus.verification import MANIFEST, manifest

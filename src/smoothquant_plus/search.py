@@ -23,8 +23,9 @@ from smoothquant_plus.files import write_json
 from smoothquant_plus.method.integers import dequantize
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.search import GRID, SquaredError, best_alpha
-from smoothquant_plus.models.blocks import Decoder, Stream, assign, linears
+from smoothquant_plus.models.blocks import Decoder, Stream, assign
 from smoothquant_plus.models.families import Pair
+from smoothquant_plus.models.skeleton import linears
 from smoothquant_plus.models.transform import quantize_linear, smooth_block
 from smoothquant_plus.progress import note, steps
 from smoothquant_plus.runtime.linear import QuantLinear

@@ -15,19 +15,11 @@ from torch import Tensor
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
-from smoothquant_plus.models.blocks import (
-    Decoder,
-    declared_family,
-    decoder_blocks,
-    disk_names,
-    head_path,
-    is_transposed,
-    linears,
-    open_directory,
-)
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, wrong_layout
 from smoothquant_plus.models.experts import recorded
 from smoothquant_plus.models.families import FAMILY_FILE, Family, active_pairs
+from smoothquant_plus.models.skeleton import declared_family, decoder_blocks, disk_names, head_path, is_transposed, linears, open_directory
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import (
     block_tensors,

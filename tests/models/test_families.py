@@ -21,10 +21,11 @@ from families import IDS, relative
 from smoothquant_plus.demo.outliers import plant_outliers
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.inspection import inspect
-from smoothquant_plus.models.blocks import Decoder, linears
-from smoothquant_plus.models.checkpoint import Checkpoint
+from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.checkpoint import Checkpoint, read_config
 from smoothquant_plus.models.experts import Experts
 from smoothquant_plus.models.families import FAMILIES, Pair, active_pairs, find_family, published_alpha
+from smoothquant_plus.models.skeleton import linears
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.linear import QuantLinear
@@ -89,8 +90,9 @@ def test_smoothing_survives_being_stored_in_16_bits(name: str, dtype: torch.dtyp
 @ALL
 @torch.no_grad()
 def test_what_is_loaded_is_what_transformers_loads(name: str, tiny: Callable[..., Path]) -> None:
-    """Experts one by one and Conv1D as linear layers, too."""
+    """Experts one by one and Conv1D as linear layers, too. Wrappers are stored as wrappers, or they would not be tried here."""
     directory = tiny(name, torch.float32)
+    assert read_config(directory)["model_type"] == families.TINY[name].model_type
     theirs = families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.float32)
     assert relative(logits(load(directory, dtype=torch.float32)), logits(theirs)) < 1e-6
 

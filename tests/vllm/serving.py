@@ -33,7 +33,17 @@ registry._run_in_subprocess = lambda function: function()
 
 # Layers as wide as vLLM's kernels for CPUs take them: its attention wants heads of 32 channels and more, and latents of the size that DeepSeek has.
 WIDE = {
-    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 128),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "n_embd",
+            "word_embed_proj_dim",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "hidden_size_per_layer_input",
+        ),
+        128,
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim"), 256),
     "ffn_hidden_size": 512,  # Falcon's, four times the hidden size
     **dict.fromkeys(("head_dim", "query_pre_attn_scalar"), 32),

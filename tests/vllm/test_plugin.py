@@ -44,14 +44,26 @@ def check(found: Answer, expected: Answer, scheme: str) -> None:
     difference = (found[0] - expected[0][: len(found[0])]).abs()
     largest, mean = (0.3, 0.05) if scheme in ("token", "static") else (0.01, 0.001)
     assert difference.max() < largest and difference.mean() < mean
-    assert found[1] == expected[1]
+    # Of two tokens that are as near as that, either may be the first, and others follow it then.
+    tie = expected[0][-1].max() - expected[0][-1, found[1][0]] < largest
+    assert found[1] == expected[1] or (tie and found[1][0] != expected[1][0])
 
 
 # Every layout of every family; wrappers' text alone could be tried, see docs/formats.md.
 WRAPPERS = {name for name, config in families.TINY.items() if hasattr(config, "vision_config")}
 # What vLLM 0.32 does not run on CPUs, or answers otherwise than transformers, unquantized too: routers that are neither softmax alone nor in groups,
-# values with heads of another size, a text alone that it knows inside a wrapper, and linear attention, state spaces and convolutions.
-ELSEWHERE = {"minimax-m2", "ernie4-5-moe-0-shared", "ernie4-5-moe-2-shared", "phimoe", "mimo-v2-flash", "mistral4", *families.HYBRID}
+# values with heads of another size, a text alone that it knows inside a wrapper, linear attention, state spaces and convolutions; and
+# Solar Open's mixture, for which it has transformers' code alone, and refuses any that is quantized.
+ELSEWHERE = {
+    "minimax-m2",
+    "ernie4-5-moe-0-shared",
+    "ernie4-5-moe-2-shared",
+    "phimoe",
+    "mimo-v2-flash",
+    "mistral4",
+    "solar-open",
+    *families.HYBRID,
+}
 WIDE = [name.removeprefix("wide-") for name in families.TINY if name.startswith("wide-")]
 LAYOUTS = [name for name in WIDE if name not in WRAPPERS | ELSEWHERE]
 UNREAD = ("bloom", *families.LATENTS)  # with static activations

@@ -21,11 +21,8 @@ from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.evaluation.machine import describe
 from smoothquant_plus.evaluation.timing import Table, captured, on, turns
 from smoothquant_plus.method.scheme import SCHEMES
-from smoothquant_plus.models.blocks import (
-    check_device,
-    check_positions,
-    open_directory,
-)
+from smoothquant_plus.models.blocks import check_device
+from smoothquant_plus.models.skeleton import check_positions, open_directory
 from smoothquant_plus.progress import note, peak_rss_mb, steps
 from smoothquant_plus.runtime.attention import cache_argument, check_attention
 from smoothquant_plus.runtime.kernels import BACKENDS

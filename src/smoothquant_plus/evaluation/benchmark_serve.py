@@ -25,7 +25,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.evaluation.machine import describe
 from smoothquant_plus.evaluation.timing import Table
 from smoothquant_plus.method.scheme import SCHEMES
-from smoothquant_plus.models.blocks import load_config
+from smoothquant_plus.models.skeleton import load_config
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.serve import server_command, stored_scheme
 

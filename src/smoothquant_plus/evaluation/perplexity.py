@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.models.blocks import check_positions, load_config
+from smoothquant_plus.models.skeleton import check_positions, load_config
 from smoothquant_plus.progress import steps
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import as_texts, check_ids, check_texts, encode, load_tokenizer

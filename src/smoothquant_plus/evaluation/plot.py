@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.files import write_atomic
-from smoothquant_plus.models.blocks import declared_family, load_config, open_family
+from smoothquant_plus.models.skeleton import declared_family, load_config, open_family
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
 from smoothquant_plus.verification import read_plan
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
-from smoothquant_plus.models.blocks import Decoder, decoder_blocks, quantized_linears
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.checkpoint import SHAPE, linear_layout
 from smoothquant_plus.models.families import Family
+from smoothquant_plus.models.skeleton import decoder_blocks, quantized_linears
 
 
 def stored_bytes(model: Any, family: Family, scheme: Scheme | None) -> int:

@@ -26,11 +26,12 @@ from smoothquant_plus.method.smooth import (
     to_storage,
     weight_maxima,
 )
-from smoothquant_plus.models.blocks import Decoder, Stream, assign, is_transposed, linears
+from smoothquant_plus.models.blocks import Decoder, Stream, assign
 from smoothquant_plus.models.checkpoint import SHAPE, linear_tensors
 from smoothquant_plus.models.experts import Routing, repeated
 from smoothquant_plus.models.families import Pair, active_pairs
 from smoothquant_plus.models.rows import kv_heads, source_rows
+from smoothquant_plus.models.skeleton import is_transposed, linears
 
 # A right pair moves a block by rounding alone, about 1e-6; a wrong one by 0.2 and more (docs/pitfalls.md).
 EQUIVALENCE_TOLERANCE = 1e-3

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import ACTIVATIONS, Scheme
-from smoothquant_plus.models.blocks import Decoder, quantized_linears
+from smoothquant_plus.models.blocks import Decoder
 from smoothquant_plus.models.experts import Experts
+from smoothquant_plus.models.skeleton import quantized_linears
 
 
 @dataclass(frozen=True)

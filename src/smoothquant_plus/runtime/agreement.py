@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_plus.errors import InputError, VerificationError
-from smoothquant_plus.models.blocks import load_config
+from smoothquant_plus.models.skeleton import load_config
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.runtime.serve import usable_memory

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from smoothquant_plus.errors import InputError
-from smoothquant_plus.models.blocks import check_positions, load_config
+from smoothquant_plus.models.skeleton import check_positions, load_config
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import check_ids, load_tokenizer, tokenize
 

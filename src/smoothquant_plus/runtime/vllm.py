@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,10 @@ from vllm.scalar_type import scalar_types
 from smoothquant_plus.errors import InputError, did_you_mean
 from smoothquant_plus.method.integers import QuantizedWeight
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme, find_scheme
-from smoothquant_plus.models.blocks import (
-    Decoder,
-    declared_family,
-    disk_names,
-    give_memory_back,
-    head_paths,
-    is_transposed,
-    open_directory,
-    quantized_linears,
-    take_memory_again,
-)
+from smoothquant_plus.models.blocks import Decoder, give_memory_back, take_memory_again
 from smoothquant_plus.models.checkpoint import Checkpoint, quantization_config, unpack, wrong_layout
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, active_pairs, published_alpha
+from smoothquant_plus.models.skeleton import declared_family, disk_names, head_paths, is_transposed, open_directory, quantized_linears
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS, read_statistics
 from smoothquant_plus.models.transform import Pending, fold_block, quantize_pending, smooth_block, unquantized
 from smoothquant_plus.models.vllm_limits import uneven
@@ -241,7 +233,11 @@ class Head(UnquantizedEmbeddingMethod):
         layer.cpu_linear = lambda x, weight, bias: cpu.linear_bfloat16(x, packed, bias, channels)
 
 
-ACTIVATIONS: dict[Any, Any] = {MoEActivation.SILU: F.silu, MoEActivation.GELU: F.gelu}
+ACTIVATIONS: dict[Any, Any] = {
+    MoEActivation.SILU: F.silu,
+    MoEActivation.GELU: F.gelu,
+    MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
+}
 
 
 def unsupported_experts(layer: Any, weights: Any, inputs: Any) -> str | None:
