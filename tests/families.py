@@ -523,11 +523,25 @@ TINY: dict[str, Any] = {
             ),
         )
     },
+    # As E2B: something of each token for each block, and blocks that read the keys and values of earlier ones.
     "gemma4-vision": Gemma4Config(
-        text_config=Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0, **COMMON),
+        text_config=Gemma4TextConfig(
+            **GEMMA4
+            | {
+                "num_hidden_layers": 5,
+                "num_kv_shared_layers": 2,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            },
+            hidden_size_per_layer_input=32,
+            vocab_size_per_layer_input=VOCABULARY,
+            use_double_wide_mlp=True,
+            **COMMON,
+        ),
         vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
         audio_config=None,
         image_token_id=255,
+        video_token_id=254,
+        audio_token_id=253,
     ),
     "gemma3-vision": Gemma3Config(
         text_config=Gemma3TextConfig(

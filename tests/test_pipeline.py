@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import families
-from smoothquant_plus import pipeline, preparation
+from smoothquant_plus import blockwise, pipeline, preparation
 from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.models import blocks, transform
 from smoothquant_plus.models.blocks import Decoder
@@ -25,7 +25,7 @@ from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.families import FAMILIES, Pair
 from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
-from smoothquant_plus.verification import verify
+from smoothquant_plus.verification import MANIFEST, verify
 from smoothquant_plus.workspace import Workspace
 
 
@@ -238,6 +238,26 @@ def test_what_a_removed_run_left_behind_is_not_used(tiny: Callable[..., Path], c
     (work / "blocks" / "00000.json").write_text("{}")
     quantize(tiny("llama"), tmp_path / "out", calibration=calibration)
     verify(tmp_path / "out", tiny("llama"))
+
+
+@pytest.mark.parametrize("alpha", [0.5, "block"])
+def test_what_later_blocks_read_of_earlier_ones_survives_an_interruption(
+    alpha: Any, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values, in Gemma 4 E2B: the run goes on in a block that reads those of blocks before the interruption."""
+    model, original = tiny("gemma4-vision"), blockwise.quantize_one
+    quantize(model, tmp_path / "whole", calibration=calibration, alpha=alpha)
+
+    def interrupted(decoder: Decoder, work: Workspace, index: int, *arguments: Any) -> Any:
+        if index == 4:
+            raise KeyboardInterrupt
+        return original(decoder, work, index, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(blockwise, "quantize_one", interrupted)
+        quantize(model, tmp_path / "out", calibration=calibration, alpha=alpha)
+    quantize(model, tmp_path / "out", calibration=calibration, alpha=alpha)
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == (tmp_path / "whole" / MANIFEST).read_bytes()
 
 
 def test_text_that_changed_behind_its_name_does_not_continue_a_run(

@@ -104,6 +104,7 @@ def batches_of(source: Path) -> list[torch.Tensor]:
         ("llama", {"scheme": "w8a8", "activations": "static"}),
         ("llama-mha-tied-biases", {"scheme": "w8a8", "activations": "token", "smooth": "all"}),
         ("opt", {"scheme": "w8a8", "activations": "tensor", "target": "here"}),
+        ("gemma4-vision", {"scheme": "w8a8", "activations": "token"}),
         ("mistral-sliding-window", {"scheme": "w4a16", "group_size": 32, "symmetric": True, "smooth": "all"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["scheme"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,13 +51,27 @@ class Call:
 
 @dataclass
 class Stream:
-    """Hidden states on their way through the decoder, per batch (samples, tokens, hidden), and how each block is called.
+    """Hidden states on their way through the decoder, per batch (samples, tokens, hidden), and how each block is called. Where later blocks read
+    the keys and values of earlier ones (Gemma 4), those come along as more channels.
 
     `calls[batch][block]`: each block's own arguments, so that sliding windows and per-layer masks are right.
     """
 
     hidden: Sequence[Tensor]
     calls: list[list[Call]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class KeysAndValues:
+    """What the attention of one block makes and later ones read: how the model calls it, and the channels of a head."""
+
+    kind: str
+    head_dim: int
+    channels: int
+
+    def heads(self, flat: Tensor) -> Tensor:
+        """Keys or values (samples, tokens, channels) as attention has them, (samples, heads, tokens, channels of a head)."""
+        return flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class _StopForward(Exception):
@@ -185,6 +200,23 @@ class Decoder:
         """The `pairs` as block `index` has them: with each expert's name."""
         return list(pairs_in(dict(self.blocks[index].named_modules()), pairs))
 
+    @cached_property
+    def shared(self) -> dict[int, KeysAndValues]:
+        """By block, the keys and values that later blocks read."""
+        attentions = {index: block.self_attn for index, block in enumerate(self.blocks) if hasattr(block, "self_attn")}
+        if not any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions.values()):
+            return {}
+        return {
+            index: KeysAndValues(attention.layer_type, attention.head_dim, attention.k_proj.out_features)
+            for index, attention in attentions.items()
+            if attention.store_full_length_kv
+        }
+
+    def _apart(self, states: Tensor, made: Iterable[KeysAndValues]) -> list[Tensor]:
+        """The hidden states in a stream's (samples, tokens, channels), and behind them what was `made`: keys, values, keys, ..."""
+        behind = [each.channels for each in made for _ in ("keys", "values")]
+        return list(states.split([states.shape[-1] - sum(behind), *behind], dim=-1))
+
     @contextmanager
     def _with_stubs(self, stub: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
         """Let the model be called with `stub(index, hidden states, other arguments)` in place of its blocks.
@@ -269,35 +301,47 @@ class Decoder:
         """
         given: list[Tensor] = []
         final: list[Tensor] = []
+        # Gemma 4 gives each block something of each token's identity, which it would look for in the table of embeddings.
+        by_token = [module for module in self.model.modules() if hasattr(module, "get_per_layer_inputs")]
 
         def replay(index: int, states: Tensor, call: Call) -> Tensor:
             return given[-1] if index == len(self.blocks) - 1 else states
 
         @torch.no_grad()
         def run(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            given[:] = [hidden.to(self.device, self.dtype)]
+            given[:] = self._apart(hidden.to(self.device, self.dtype), self.shared.values())[:1]
             # What goes in at the bottom is replaced at the last block, so that no embedding table has to be read for it.
             logits = self.model(inputs_embeds=given[-1], use_cache=False).logits
             return final.pop(), logits
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: final.append(args[0]))
+        for module in by_token:
+            module.get_per_layer_inputs = lambda *_: None
         try:
             with self._with_stubs(replay):
                 yield run
         finally:
             hook.remove()
+            for module in by_token:
+                del module.get_per_layer_inputs
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, stream: Stream, batch: int, dtype: torch.dtype | None = None) -> Tensor:
         """The output of block `index` for one batch of the stream, on the CPU; computed in `dtype` (default: the compute dtype)."""
         call = stream.calls[batch][index]
         dtype = dtype or self.dtype
-        output = block(stream.hidden[batch].to(self.device, dtype), *_cast(call.args, dtype), **_cast(call.kwargs, dtype))
+        earlier = [made for maker, made in self.shared.items() if maker < index]
+        hidden, *flat = self._apart(stream.hidden[batch].to(self.device, dtype), earlier)
+        known = UserDict({made.kind: tuple(map(made.heads, flat[2 * n :][:2])) for n, made in enumerate(earlier)})
+        arguments = {name: known if isinstance(value, UserDict) else _cast(value, dtype) for name, value in call.kwargs.items()}
+        output = block(hidden, *_cast(call.args, dtype), **arguments)
         if isinstance(output, tuple) != self.family.returns_tuple:
             raise InputError(
                 f"{self.path(index)} returns {type(output).__name__}, and its family has returns_tuple {self.family.returns_tuple}."
             )
-        return (output[0] if isinstance(output, tuple) else output).cpu()
+        new = known[self.shared[index].kind] if index in self.shared else ()
+        flat += [each.transpose(1, 2).flatten(2) for each in new]
+        return torch.cat([output[0] if isinstance(output, tuple) else output, *flat], dim=-1).cpu()
 
     def run_all(self, block: nn.Module, index: int, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
         """The outputs of block `index` for the whole stream, per batch."""

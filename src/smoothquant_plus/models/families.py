@@ -51,8 +51,7 @@ class Pair:
 
 @dataclass(frozen=True, config=STRICT)
 class Refusal:
-    """A layout of the family that smoothing would change the function of: `when` the configuration has these values (as in
-    `Pair.requires`), `reason`."""
+    """A layout of the family that smoothing would change the function of: `when` the configuration has these values, `reason`."""
 
     when: Mapping[str, Any]
     reason: str
@@ -340,7 +339,8 @@ FAMILIES: dict[str, Family] = {
         model_types=("gemma4_text",),
         blocks="model.layers",
         pairs=(
-            Pair("input_layernorm", QKV, optional=True),  # values may be the keys' projection; they are normalized
+            # Values may be made by the keys' projection, and are normalized. The last blocks may read the keys and values of earlier ones.
+            Pair("input_layernorm", QKV, optional=True),
             Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
             Pair("pre_feedforward_layernorm_2", ("experts.*.gate_proj", "experts.*.up_proj"), optional=True),
             UP,
@@ -348,11 +348,6 @@ FAMILIES: dict[str, Family] = {
         ),
         alpha=None,
         unquantized=("router.proj",),
-        refuse=(
-            Refusal(
-                {"num_kv_shared_layers": ...}, "its last blocks read the keys and values of earlier ones, so no block can be run by itself"
-            ),
-        ),
     ),
     # No gain to fold factors into: its norms do not multiply. Clamped values let none through.
     "olmo": Family(model_types=("olmo",), blocks="model.layers", pairs=(replace(VALUES, requires={"clip_qkv": None}), UP), alpha=None),
@@ -565,7 +560,7 @@ def find_family(config: Any) -> tuple[str, Family]:
 def check_refusals(family: Family, config: Any) -> None:
     """Raises InputError for a layout of the family that cannot be smoothed."""
     for refusal in family.refuse:
-        if all(_fits(getattr(config, key, None), value) for key, value in refusal.when.items()):
+        if all(getattr(config, key, None) == value for key, value in refusal.when.items()):
             raise InputError(
                 f"this '{config.model_type}' layout cannot be smoothed exactly: {refusal.reason}. Other layouts of its family can."
             )

@@ -384,5 +384,6 @@ def relative_error(before: Tensor, after: Tensor, hidden: Tensor) -> float:
     """
     before, after = before.float(), after.float()
     difference = torch.linalg.vector_norm(after - before, dim=-1)
-    change = torch.linalg.vector_norm(before - hidden.float(), dim=-1)
+    new = torch.nn.functional.pad(hidden.float(), (0, before.shape[-1] - hidden.shape[-1]))  # keys and values for later blocks
+    change = torch.linalg.vector_norm(before - new, dim=-1)
     return (difference / change.clamp_min(1e-30)).amax().item()
