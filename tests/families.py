@@ -139,6 +139,17 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 
+# Something of each token for each block, and blocks that read the keys and values of earlier ones.
+E2B = {
+    **GEMMA4,
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+
 # One tiny configuration for each layout that a family's row must be right about.
 TINY: dict[str, Any] = {
     "llama": LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **COMMON),
@@ -361,7 +372,7 @@ TINY: dict[str, Any] = {
         **COMMON,
     ),
     "gemma4": Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0, **COMMON),
-    "gemma4-per-layer-inputs": Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=32, vocab_size_per_layer_input=VOCABULARY, **COMMON),
+    "gemma4-e2b": Gemma4TextConfig(**E2B, **COMMON),
     "gemma4-moe": Gemma4TextConfig(
         **GEMMA4,
         hidden_size_per_layer_input=0,
@@ -523,20 +534,8 @@ TINY: dict[str, Any] = {
             ),
         )
     },
-    # As E2B: something of each token for each block, and blocks that read the keys and values of earlier ones.
     "gemma4-vision": Gemma4Config(
-        text_config=Gemma4TextConfig(
-            **GEMMA4
-            | {
-                "num_hidden_layers": 5,
-                "num_kv_shared_layers": 2,
-                "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-            },
-            hidden_size_per_layer_input=32,
-            vocab_size_per_layer_input=VOCABULARY,
-            use_double_wide_mlp=True,
-            **COMMON,
-        ),
+        text_config=Gemma4TextConfig(**E2B, **COMMON),
         vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
         audio_config=None,
         image_token_id=255,

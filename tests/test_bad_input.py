@@ -383,7 +383,7 @@ CASES = [
     Case(
         "unsupported dtype",
         lambda b: b.broken(lambda m: change_tensor(m, f"{Q_PROJ}.weight", lambda t: t.to(torch.float8_e4m3fn))),
-        (f"'{Q_PROJ}.weight'", "/model/model-0000", "F8_E4M3", "not supported"),
+        (f"'{Q_PROJ}.weight'", "/model/model-0000", "is in FP8", f"'{Q_PROJ}.weight_scale_inv'", "quant_method fp8"),
     ),
     Case(
         "integers instead of weights",

@@ -11,7 +11,7 @@ from torch import nn
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
-from smoothquant_plus.models.checkpoint import read_config
+from smoothquant_plus.models.checkpoint import in_fp8, read_config
 from smoothquant_plus.models.families import active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 from smoothquant_plus.models.skeleton import build_skeleton, declared_family, decoder_blocks, load_config, open_family, quantized_linears
@@ -44,7 +44,8 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
             raise InputError(f"{option} {number}: give a positive number.")
     config = load_config(Path(model))
     name, family = open_family(config, declared_family(Path(model)))
-    declared = read_config(Path(model)).get("quantization_config")
+    declared = read_config(Path(model))
+    quantized = declared.get("quantization_config")
     dtype = config.dtype or torch.float16
     skeleton: nn.Module = build_skeleton(config, dtype)
     active = list(active_pairs(family, config.get_text_config(), "all"))
@@ -70,5 +71,5 @@ def inspect(model: str | Path, samples: int = 128, seq_len: int = 512, lm_head: 
         sizes=sizes,
         block_parameters=largest_block(skeleton, family),
         memory_to_quantize=quantizing_bytes(skeleton, family, samples, seq_len),
-        quantized=str(declared.get("quant_method")) if isinstance(declared, dict) else None,
+        quantized=str(quantized.get("quant_method")) if isinstance(quantized, dict) and not in_fp8(declared) else None,
     )

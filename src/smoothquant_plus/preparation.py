@@ -18,7 +18,7 @@ from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, check_device
-from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
+from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, in_fp8, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes
 from smoothquant_plus.models.skeleton import check_positions, declared_family, load_config, open_family, quantized_linears
@@ -64,7 +64,7 @@ def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -
         raise InputError(f"unknown compute dtype '{calibration.compute_dtype}': choose {' or '.join(COMPUTE_DTYPES)}.")
     device = check_device(calibration.device)
     config = read_config(model)
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and not in_fp8(config):
         raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
     declared = declared or declared_family(model)
     open_family(load_config(model), declared)  # the family before the weights: its message is the more useful one

@@ -150,6 +150,7 @@ def test_blocks_beyond_the_last_stay_as_they_are(tiny: Callable[..., Path], tmp_
     shutil.copytree(tiny("deepseek-v3"), source)
     name = "model.layers.2.self_attn.o_proj.weight"
     extra = {name: torch.ones(64, 64, dtype=torch.float16), "model.layers.2.enorm.weight": torch.ones(64, dtype=torch.float16)}
+    extra["mtp.fc.weight"] = torch.ones(64, 128, dtype=torch.float16)
     save_file(extra, source / "extra.safetensors")
     index = json.loads((source / INDEX).read_text())
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
@@ -157,7 +158,9 @@ def test_blocks_beyond_the_last_stay_as_they_are(tiny: Callable[..., Path], tmp_
     quantize(source, out, smooth="none")
     assert torch.equal(Checkpoint(out).read(name), extra[name])
     ignored = Checkpoint(out).config["quantization_config"]["ignore"]
-    assert "model.layers.2.self_attn.o_proj" in ignored and not any("enorm" in each or "layers.1.self_attn" in each for each in ignored)
+    assert {"model.layers.2.self_attn.o_proj", "mtp.fc"} <= set(ignored) and not any(
+        "enorm" in each or "layers.1.self_attn" in each for each in ignored
+    )
     assert load(out) is not None
 
 

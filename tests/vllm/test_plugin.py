@@ -145,7 +145,10 @@ def on_load(scheme: str, **more: Any) -> dict[str, Any]:
     return {"hf_overrides": {"quantization_config": {"quant_method": "sqplus", **SCHEMES[scheme], **more}}}
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "token"), ("llama", "static"), ("qwen2", "asymmetric"), ("mixtral", "symmetric")])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", "token"), ("llama", "static"), ("qwen2", "asymmetric"), ("mixtral", "symmetric"), ("gemma4-moe", "token")],
+)
 def test_smoothed_and_quantized_while_loading(
     family: str, scheme: str, out: Out, theirs: Theirs, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -187,7 +187,7 @@ class Decoder:
 
     def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """The model's tensor `name`, as the model has it and in `dtype` (None: the stored one)."""
-        tensor = self.checkpoint.read(self.disk_name(name))
+        tensor = self.checkpoint.read(self.disk_name(name), dtype=dtype)
         if is_transposed(self.family, name, tensor):
             tensor = tensor.t().contiguous()
         return tensor.to(self.device, dtype)

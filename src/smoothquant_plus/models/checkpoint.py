@@ -37,6 +37,7 @@ DTYPES = {
     "I16": torch.int16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 
 # Everything else that belongs to a model directory and is copied beside the quantized weights, where the source has it.
@@ -61,6 +62,9 @@ COMPANIONS = (
 
 FINGERPRINT_PAGES = 64
 
+FP8 = torch.float8_e4m3fn
+SCALES = "_scale_inv"  # what a weight in FP8 is multiplied by, beside its own name
+
 # How names of two tensors that hold all experts of a block end, and what their path ends with where each has its own.
 FUSED_EXPERTS = (
     (".experts.gate_up_proj", ".experts.down_proj", ".experts"),
@@ -71,17 +75,24 @@ FUSED_EXPERTS = (
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: its bytes begin at `offset` of the file `shard`. With `columns` (first, all) a matrix with so many columns begins
-    there, and the tensor are some of those, from the first on, transposed."""
+    there, and the tensor are some of those, from the first on, transposed. With `scales` it lies there in FP8, to be multiplied by those, each
+    for a block of `block` rows and columns; `dtype` is then what it counts as."""
 
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     columns: tuple[int, int] | None = None
+    scales: TensorInfo | None = None
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.dtype if self.scales is None else FP8
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.stored_dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Checkpoint:
@@ -103,14 +114,31 @@ class Checkpoint:
                         f"{directory / INDEX} says that {shard} holds '{name}', but it does not: download the checkpoint again."
                     )
                 self.tensors[name] = found[name]
-        self.tensors = _separate_experts(self.tensors)
+        self.tensors = _separate_experts(_with_scales(self.tensors, self.config, directory))
 
-    def read(self, name: str, finite: bool = True, rows: slice | None = None) -> Tensor:
-        """The tensor `name`, or some of its rows, in memory of its own. Raises InputError when it is not there, and with `finite` for values
-        that are NaN or infinite."""
+    def read(self, name: str, finite: bool = True, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor `name`, or some of its rows, in memory of its own. One in FP8 is multiplied by its scales in float32 and rounded to `dtype`
+        (None: what it counts as); every other one has the dtype that it is stored in. Raises InputError when it is not there, and with `finite`
+        for values that are NaN or infinite."""
         if name not in self.tensors:
             raise InputError(f"{self.directory} has no tensor '{name}'.{did_you_mean(name, self.tensors)}")
         info = self.tensors[name]
+        if info.scales is None:
+            tensor = self._stored(name, info, rows)
+        else:
+            tensor, (height, width) = self._stored(name, info, None).float(), info.block
+            for part, scales in zip(tensor.split(height), self._stored(name, info.scales, None).float(), strict=True):
+                part *= scales.repeat_interleave(width)[: part.shape[1]]
+            tensor = tensor[rows or slice(None)].to(dtype or info.dtype)
+        # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
+        if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
+            raise InputError(
+                f"'{name}' in {self.directory / info.shard} has values that are NaN or infinite: the checkpoint is damaged or was trained to that."
+            )
+        return tensor
+
+    def _stored(self, name: str, info: TensorInfo, rows: slice | None) -> Tensor:
+        """What lies on disk of the tensor `name`."""
         path = self.directory / info.shard
         shape, offset = info.shape, info.offset
         if info.columns is not None:
@@ -118,7 +146,7 @@ class Checkpoint:
         elif rows is not None:
             first, end, _ = rows.indices(info.shape[0])
             shape, offset = (end - first, *info.shape[1:]), info.offset + first * (info.nbytes // info.shape[0])
-        tensor = torch.empty(shape, dtype=info.dtype)
+        tensor = torch.empty(shape, dtype=info.stored_dtype)
         try:
             # Not mapped: while a mapping is copied, a table of a gigabyte is in memory twice.
             with path.open("rb") as file:
@@ -130,9 +158,6 @@ class Checkpoint:
             raise InputError(f"cannot read '{name}' from {path}: the file has become shorter since it was opened.")
         if info.columns is not None:
             tensor = tensor[:, info.columns[0] :][:, : info.shape[0]].t()[rows or slice(None)].contiguous()
-        # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
-        if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
-            raise InputError(f"'{name}' in {path} has values that are NaN or infinite: the checkpoint is damaged or was trained to that.")
         return tensor
 
     @property
@@ -222,16 +247,63 @@ def _separate_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
             if not found or down is None or not (len(gate_up.shape) == len(down.shape) == 3 and gate_up.shape[0] == down.shape[0]):
                 continue
             hidden, intermediate = down.shape[1:]
-            transposed = gate_up.shape[1:] == (intermediate, 2 * hidden)  # then those two are the other way round
-            if transposed or gate_up.shape[1:] == (2 * intermediate, hidden):
+            transposed = gate_up.shape[1:] == (intermediate, 2 * hidden)
+            if transposed:
+                hidden, intermediate = intermediate, hidden
+            # The last blocks of gates in FP8 must not be the first of ups.
+            whole = intermediate % gate_up.block[transposed] == 0 or gate_up.scales is None
+            if whole and (transposed or gate_up.shape[1:] == (2 * intermediate, hidden)):
                 parts[name] = _matrices(gate_up, base + path, ("gate_proj", "up_proj"), transposed)
                 parts[base + last] = _matrices(down, base + path, ("down_proj",), transposed)
     return {new: part for name, info in tensors.items() for new, part in parts.get(name, {name: info}).items()}
 
 
+def in_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are stored in FP8, as DeepSeek-V3's, MiniMax-M2's and others are published. What they are multiplied
+    by counts as the full-precision model."""
+    declared = config.get("quantization_config")
+    return isinstance(declared, dict) and declared.get("quant_method") == "fp8"
+
+
+def _with_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], directory: Path) -> dict[str, TensorInfo]:
+    """The same tensors, those in FP8 with the scales beside them, which are no tensors of their own then; static scales of their inputs are left
+    out. Raises InputError for scales that are missing or do not fit."""
+    stored = {name: info for name, info in tensors.items() if info.dtype == FP8}
+    if not stored:
+        return dict(tensors)
+    block = config["quantization_config"].get("weight_block_size") if in_fp8(config) else None
+    if block is not None and not (
+        isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
+    ):
+        raise InputError(f"{directory / CONFIG} has weight_block_size {block!r}, which is not two numbers of channels.")
+    dtype = torch.float16 if (config.get("dtype") or config.get("torch_dtype")) == "float16" else torch.bfloat16
+    beside = {name.removesuffix(".weight") + scale for name in stored for scale in (f".weight{SCALES}", ".activation_scale")}
+    found = {name: info for name, info in tensors.items() if name not in beside}
+    for name, info in stored.items():
+        scales = tensors.get(name + SCALES)
+        if scales is None or len(info.shape) < 2:
+            raise InputError(
+                f"'{name}' in {directory / info.shard} is in FP8, and there is no '{name}{SCALES}' that it is multiplied by: use a checkpoint in 16 "
+                "bits, or one with quant_method fp8."
+            )
+        rows, columns = info.shape[-2:]
+        size = (block[0], block[1]) if block else (rows, columns)
+        blocks = (-(-rows // size[0]), -(-columns // size[1]))
+        if torch.Size(scales.shape).numel() == torch.Size(info.shape[:-2]).numel() == 1:
+            scales = replace(scales, shape=(1, 1))  # one for the whole weight
+        if scales.shape != (*info.shape[:-2], *blocks):
+            raise InputError(
+                f"'{name}{SCALES}' in {directory / scales.shard} has shape {scales.shape}, and {name} {info.shape} in blocks of {size}: config.json "
+                "(weight_block_size) belongs to another checkpoint."
+            )
+        found[name] = replace(info, dtype=dtype, scales=scales, block=size)
+    return found
+
+
 def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transposed: bool) -> dict[str, TensorInfo]:
     """The weight of each expert's `projections`, which `fused` holds next to each other, one expert after the other."""
     count, height, width = fused.shape
+    scales = {} if fused.scales is None else _matrices(fused.scales, path, projections, transposed)
     matrices = {}
     for number in range(count):
         for place, projection in enumerate(projections):
@@ -239,8 +311,10 @@ def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transpos
             matrices[f"{path}.{number}.{projection}.weight"] = replace(
                 fused,
                 shape=(size, height if transposed else width),
-                offset=fused.offset + fused.dtype.itemsize * width * (number * height + (0 if transposed else place * size)),
+                offset=fused.offset + fused.stored_dtype.itemsize * width * (number * height + (0 if transposed else place * size)),
                 columns=(place * size, width) if transposed else None,
+                scales=scales.get(f"{path}.{number}.{projection}.weight"),
+                block=fused.block[::-1] if transposed else fused.block,
             )
     return matrices
 
@@ -404,7 +478,7 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
     Raises InputError for a quantization that this package does not run.
     """
     declared = config.get("quantization_config")
-    if declared is None:
+    if declared is None or in_fp8(config):
         return None
     if not isinstance(declared, dict):
         raise InputError(f"{where / CONFIG} has a quantization_config that is not a JSON object.")

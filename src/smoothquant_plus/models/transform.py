@@ -236,7 +236,7 @@ def quantize_head(decoder: Decoder, scheme: Scheme) -> QuantizedLinear:
     head = decoder.model.get_output_embeddings()
     parts, wrongs, wholes = [], [], []
     for rows in pieces(head.weight):
-        floats = decoder.checkpoint.read(decoder.disk_name(f"{decoder.head_path}.weight"), rows=rows).float()
+        floats = decoder.checkpoint.read(decoder.disk_name(f"{decoder.head_path}.weight"), rows=rows, dtype=torch.float32).float()
         part, _ = quantize_linear(decoder, decoder.head_path, floats, scheme, None)
         wrong, whole = wrong_of(part, floats)
         parts.append(part)
@@ -331,9 +331,9 @@ def unquantized(decoder: Decoder, scheme: Scheme) -> list[str]:
         elif isinstance(module, nn.Linear) and not (scheme.head and name == decoder.head_path):
             kept.append(name)
     spellings = [decoder.family.spellings(f"{name}.weight") for name in kept]
-    # Blocks that the model's class has no place for, and that are carried along: a server may have one, for speculative decoding.
+    # What the model's class has no place for, and is carried along: a server may have one, for speculative decoding.
     for name, info in decoder.checkpoint.tensors.items():
-        if name not in decoder.known_names and name.endswith(".weight") and len(info.shape) == 2 and ".layers." in name:
+        if name not in decoder.known_names and name.endswith(".weight") and len(info.shape) == 2:
             spellings.append([name])
     return list(dict.fromkeys(name.removesuffix(".weight") for found in spellings for name in (found[0], found[-1])))
 

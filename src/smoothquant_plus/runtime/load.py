@@ -75,7 +75,7 @@ def load(
             progress.step()
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
-            tensor = checkpoint.read(disk)
+            tensor = checkpoint.read(disk, dtype=dtype)
             if is_transposed(family, name, tensor):
                 tensor = tensor.t().contiguous()
             # Buffers, such as a router's correction of its scores, keep their own dtype.
