@@ -537,7 +537,11 @@ TINY: dict[str, Any] = {
     "gemma4-vision": Gemma4Config(
         text_config=Gemma4TextConfig(**E2B, **COMMON),
         vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
-        audio_config=None,
+        audio_config={
+            **{name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+            "subsampling_conv_channels": [8, 8],
+            "output_proj_dims": 32,
+        },
         image_token_id=255,
         video_token_id=254,
         audio_token_id=253,
@@ -605,6 +609,9 @@ def build(name: str, seed: int = 0) -> Any:
     config = copy.deepcopy(TINY[name])
     model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
+        for path, buffer in model.named_buffers():
+            if path.endswith("layer_scalar"):
+                buffer.fill_(0.5)
         for path, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -240,6 +240,17 @@ def test_what_a_removed_run_left_behind_is_not_used(tiny: Callable[..., Path], c
     verify(tmp_path / "out", tiny("llama"))
 
 
+def test_nothing_hides_what_a_block_did_wrong() -> None:
+    """Neither a large residual, of which a part comes out again, nor keys and values beside small hidden states, nor the other way round."""
+    hidden = 1000 * torch.randn(1, 3, 8)
+    before = torch.cat([0.5 * hidden + 1e-2 * torch.randn(1, 3, 8), torch.randn(1, 3, 4)], dim=-1)
+    for channels, change in ((slice(8), before[..., :8] - 0.5 * hidden), (slice(8, 12), before[..., 8:])):
+        after = before.clone()
+        after[..., channels] += 0.2 * change
+        assert transform.relative_error(before, after, hidden, 0.5) == pytest.approx(0.2, rel=0.02)
+    assert transform.relative_error(before, before, hidden, 0.5) == 0
+
+
 @pytest.mark.parametrize("alpha", [0.5, "block"])
 def test_what_later_blocks_read_of_earlier_ones_survives_an_interruption(
     alpha: Any, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,9 @@ def copy_outside(decoder: Decoder, work: Workspace, scheme: Scheme) -> None:
     for file, names in groups.items():
         if not (work.directory / file).is_file():
             # What the model ignores may be infinite: the masks of old checkpoints are.
-            write_shard(work.directory / file, {name: decoder.checkpoint.read(name, finite=name in decoder.known_names) for name in names})
+            write_shard(
+                work.directory / file, {name: decoder.checkpoint.read(name, finite=name in decoder.parameter_names) for name in names}
+            )
 
 
 def write_head(decoder: Decoder, work: Workspace, scheme: Scheme, files: Shards) -> None:

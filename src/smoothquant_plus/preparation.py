@@ -169,7 +169,7 @@ def check_space(decoder: Decoder, work: Workspace, output: float, samples: Sampl
     tokens = 2 * samples.tokens if samples else 0
     if samples and searched:
         tokens += 2 * searched * sum(samples.batches[batch].numel() for batch in search.choose(samples.batches))
-    streams = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
+    streams = tokens * decoder.stream_channels * decoder.dtype.itemsize
     written = sum(path.stat().st_size for path in work.root.rglob("*") if path.is_file())
     needed = output + streams - written
     if free < needed:

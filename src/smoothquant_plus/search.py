@@ -92,7 +92,7 @@ def run_candidates(
         note(f"continuing the search at block {journal.done + 1} of {len(decoder)}")
     else:
         journal.keep_stream(0, FULL, stream.hidden)
-    bytes_of_one = sum(samples.batches[batch].numel() for batch in chosen) * decoder.config.hidden_size * decoder.dtype.itemsize
+    bytes_of_one = sum(samples.batches[batch].numel() for batch in chosen) * decoder.stream_channels * decoder.dtype.itemsize
     streams = Streams(journal, chosen, int(budget // max(1, bytes_of_one)))
     with steps("search block", len(decoder), journal.done) as progress:
         for index in range(journal.done, len(decoder)):

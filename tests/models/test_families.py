@@ -95,6 +95,10 @@ def test_what_is_loaded_is_what_transformers_loads(name: str, tiny: Callable[...
     assert read_config(directory)["model_type"] == families.TINY[name].model_type
     theirs = families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.float32)
     assert relative(logits(load(directory, dtype=torch.float32)), logits(theirs)) < 1e-6
+    if name in families.MIXTURES:  # whose routers may stay in float32
+        ours = dict(load(directory, dtype=torch.bfloat16).named_parameters())
+        theirs = dict(families.auto_class(families.TINY[name]).from_pretrained(directory, dtype=torch.bfloat16).named_parameters())
+        assert all(parameter.dtype == theirs[each].dtype for each, parameter in ours.items() if each in theirs)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,8 @@ def test_a_family_from_end_to_end(name: str, scheme: str, tiny: Callable[..., Pa
     # A tenth of each 4-bit weight is wrong, and there are no other weights that could make up for it: two or three blocks of that.
     # In a mixture some tokens go to other experts then.
     mixture = any(isinstance(module, Experts) for module in model.modules())
-    # What is squared has twice the error, and so has what is multiplied by its own gate.
-    twice = getattr(full.config, "hidden_act", None) == "relu2" or name in families.HYBRID
+    # What is squared has twice the error, and so has what is multiplied by its own gate; or goes through twice as many blocks.
+    twice = getattr(full.config, "hidden_act", None) == "relu2" or name in families.HYBRID or len(blocks) > 4
     assert relative(reference, logits(full)) < (0.6 if mixture or twice else 0.35 if scheme in WEIGHT_ERROR else 0.25)
     if scheme == "w4a16":
         own, right = load(out, dtype=torch.bfloat16), load(out, dtype=torch.bfloat16, backend="reference")

@@ -17,7 +17,7 @@ import families
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.inspection import inspect
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.models.checkpoint import CONFIG, Checkpoint
+from smoothquant_plus.models.checkpoint import CONFIG, INDEX, Checkpoint
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.runtime.load import load
@@ -104,34 +104,66 @@ def test_transformers_reads_the_same(tiny: Callable[..., Path], tmp_path: Path) 
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, ours[name]), name
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_experts_in_one_tensor_in_fp8(transposed: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    fp8, meant = publish(tiny("qwen3-moe", torch.bfloat16), tmp_path, [16, 16])
-    stored = load_file(fp8 / "model.safetensors")
-    stored = {name: tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor for name, tensor in stored.items()}  # what can be joined
+@pytest.mark.parametrize(
+    ("size", "transposed", "halves"),
+    [([16, 16], False, 1), ([16, 16], True, 1), (None, False, 1), (None, False, 2), (None, True, 1)],
+    ids=["rows", "columns", "one scale", "a scale for each half", "columns, one scale"],
+)
+def test_experts_in_one_tensor_in_fp8(
+    size: list[int] | None, transposed: bool, halves: int, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+) -> None:
+    """With static scales of inputs as Mistral 4 has them; nothing of all that is left in the output."""
+    fp8, meant = publish(tiny("qwen3-moe", torch.bfloat16), tmp_path, size)
+    stored, float32 = load_file(fp8 / "model.safetensors"), load_file(meant / "model.safetensors")
     tensors = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
-    for path, suffix in {
-        (name.split(".experts.")[0], "_scale_inv" * name.endswith("_scale_inv")) for name in stored if ".experts." in name
-    }:
-        gate, up, down = (
-            [stored[f"{path}.experts.{expert}.{part}_proj.weight{suffix}"] for expert in range(4)] for part in ("gate", "up", "down")
-        )
-        for kind, tensor in (
-            ("gate_up_proj", torch.stack([torch.cat(both) for both in zip(gate, up, strict=True)])),
-            ("down_proj", torch.stack(down)),
-        ):
-            tensors[f"{path}.experts.{kind}{suffix}"] = tensor.mT if transposed else tensor
-    tensors = {name: (tensor.view(FP8) if tensor.dtype == torch.uint8 else tensor).contiguous() for name, tensor in tensors.items()}
-    (fp8 / "model.safetensors").unlink()
+    for path in {name.split(".experts.")[0] for name in stored if ".experts." in name}:
+        names = [[f"{path}.experts.{e}.{part}_proj.weight" for part in ("gate", "up")] for e in range(4)]
+        downs = [f"{path}.experts.{e}.down_proj.weight" for e in range(4)]
+        if size is None and halves == 1:  # one scale for both
+            for gate, up in names:
+                both, scale, means = in_blocks(torch.cat([float32[gate], float32[up]]), 2 * len(float32[up]), float32[up].shape[1])
+                for name, part, mean in zip((gate, up), both.view(torch.uint8).chunk(2), means.chunk(2), strict=True):
+                    stored[name], stored[f"{name}_scale_inv"], float32[name] = part.view(FP8), scale, mean.clone()
+        for kind, of_experts in (("gate_up_proj", names), ("down_proj", [[down] for down in downs])):
+            weight = torch.stack([torch.cat([stored[name].view(torch.uint8) for name in own]) for own in of_experts])
+            scales = torch.stack(
+                [
+                    torch.cat([torch.atleast_2d(stored[f"{name}_scale_inv"]) for name in own[: halves if size is None else 2]])
+                    for own in of_experts
+                ]
+            )
+            tensors[f"{path}.experts.{kind}"] = (weight.mT if transposed else weight).contiguous().view(FP8)
+            tensors[f"{path}.experts.{kind}_scale_inv"] = (scales.mT if transposed else scales).contiguous()
+            tensors[f"{path}.experts.{kind}_activation_scale"] = torch.ones(4)
     save_file(tensors, fp8 / "model.safetensors", metadata={"format": "pt"})
+    save_file(float32, meant / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         assert torch.equal(load(fp8, dtype=torch.float32)(families.IDS).logits, load(meant, dtype=torch.float32)(families.IDS).logits)
+    quantize(fp8, tmp_path / "out", calibration=calibration)
+    verify(tmp_path / "out", fp8)
+    assert not any(name.endswith(("_inv", "activation_scale")) for name in Checkpoint(tmp_path / "out").tensors)
+
+
+def test_experts_that_the_model_has_no_place_for(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A stack of matrices in FP8 that stays together: as what it stands for, in 16 bits."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny("llama", torch.bfloat16), source)
+    weight, scales = torch.randn(3, 8, 6).to(FP8), torch.rand(3, 2, 2)
+    save_file({"mtp.stack": weight, "mtp.stack_scale_inv": scales}, source / "extra.safetensors")
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(("mtp.stack", "mtp.stack_scale_inv"), "extra.safetensors")
+    (source / INDEX).write_text(json.dumps(index))
+    change_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [4, 3]})
+    quantize(source, tmp_path / "out", smooth="none")
+    found = Checkpoint(tmp_path / "out").read("mtp.stack")
+    expected = weight.float() * scales.repeat_interleave(4, 1).repeat_interleave(3, 2)
+    assert torch.equal(found, expected.bfloat16())
 
 
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ([16, 16], r"down_proj.weight_scale_inv' in .* has shape \(2, 3\), .*\(64, 96\) in blocks of \(16, 16\)"),
+        ([16, 16], r"down_proj.weight' in .* have shape \(2, 3\), .*\(64, 96\) in blocks of \(16, 16\)"),
         ([0, 1], "weight_block_size"),
     ],
 )

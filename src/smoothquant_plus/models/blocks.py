@@ -98,6 +98,7 @@ class Decoder:
             assign(self.model, name, buffer.to(self.device))
         self.blocks: Any = decoder_blocks(self.model, self.family)
         self._names = disk_names(self.model, checkpoint, self.family)
+        self._linears: dict[int, dict[str, nn.Linear]] = {}
         check_pairs(self.family, self.config, self.blocks)
         for name in self.family.unquantized if declared is not None else ():
             if not any(name in dict(block.named_modules()) for block in self.blocks):
@@ -117,6 +118,12 @@ class Decoder:
     def known_names(self) -> set[str]:
         """Names in the checkpoint of the tensors that the model has."""
         return set(self._names.values())
+
+    @cached_property
+    def parameter_names(self) -> set[str]:
+        """Those of them that are parameters. Buffers, such as the bounds of an audio tower, may be infinite."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {disk for name, disk in self._names.items() if name in parameters}
 
     @cached_property
     def head_path(self) -> str:
@@ -144,8 +151,8 @@ class Decoder:
 
     def block_tensors(self, index: int) -> list[str]:
         """Names in the checkpoint of every tensor under block `index`, the model's own and any that it ignores."""
-        prefix = self.path(index) + "."
-        return [name for name in self.checkpoint.tensors if name.startswith(tuple(self.family.spellings(prefix)))]
+        prefixes = tuple(self.family.spellings(self.path(index) + "."))
+        return [name for name in self.checkpoint.tensors if name.startswith(prefixes)]
 
     @cached_property
     def outside(self) -> list[list[str]]:
@@ -194,7 +201,9 @@ class Decoder:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linear layers of block `index` that are quantized, by their path inside it."""
-        return linears(self.blocks[index], self.family)
+        if index not in self._linears:  # of hundreds of experts, and asked for once for each of them
+            self._linears[index] = linears(self.blocks[index], self.family)
+        return self._linears[index]
 
     def pairs(self, index: int, pairs: Sequence[Pair]) -> list[Pair]:
         """The `pairs` as block `index` has them: with each expert's name."""
@@ -203,14 +212,12 @@ class Decoder:
     @cached_property
     def shared(self) -> dict[int, KeysAndValues]:
         """By block, the keys and values that later blocks read."""
-        attentions = {index: block.self_attn for index, block in enumerate(self.blocks) if hasattr(block, "self_attn")}
-        if not any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions.values()):
-            return {}
-        return {
-            index: KeysAndValues(attention.layer_type, attention.head_dim, attention.k_proj.out_features)
-            for index, attention in attentions.items()
-            if attention.store_full_length_kv
-        }
+        return shared_by(self.blocks)
+
+    @property
+    def stream_channels(self) -> int:
+        """How many channels a stream has at most."""
+        return stream_channels(self.config, self.blocks)
 
     def _apart(self, states: Tensor, made: Iterable[KeysAndValues]) -> list[Tensor]:
         """The hidden states in a stream's (samples, tokens, channels), and behind them what was `made`: keys, values, keys, ..."""
@@ -310,7 +317,8 @@ class Decoder:
         @torch.no_grad()
         def run(hidden: Tensor) -> tuple[Tensor, Tensor]:
             given[:] = self._apart(hidden.to(self.device, self.dtype), self.shared.values())[:1]
-            # What goes in at the bottom is replaced at the last block, so that no embedding table has to be read for it.
+            # What goes in at the bottom is replaced at the last block, so that no embedding table has to be read for it (Gemma 4's wrapper, which
+            # looks for images there, reads one all the same).
             logits = self.model(inputs_embeds=given[-1], use_cache=False).logits
             return final.pop(), logits
 
@@ -371,6 +379,23 @@ class Decoder:
                 advice = "the model itself overflows" if self.dtype == torch.float32 else "use --compute-dtype float32"
                 raise InputError(f"the input of {self.path(index)}.{name} is not finite on the calibration text in {self.dtype}: {advice}.")
         return maxima, outputs
+
+
+def shared_by(blocks: Any) -> dict[int, KeysAndValues]:
+    """By block, the keys and values that later ones of the `blocks` read."""
+    attentions = {index: block.self_attn for index, block in enumerate(blocks) if hasattr(block, "self_attn")}
+    if not any(getattr(attention, "is_kv_shared_layer", False) for attention in attentions.values()):
+        return {}
+    return {
+        index: KeysAndValues(attention.layer_type, attention.head_dim, attention.k_proj.out_features)
+        for index, attention in attentions.items()
+        if attention.store_full_length_kv
+    }
+
+
+def stream_channels(config: Any, blocks: Any) -> int:
+    """How many channels a stream has at most: the hidden states', and those of the keys and values that come along."""
+    return int(config.hidden_size) + sum(2 * made.channels for made in shared_by(blocks).values())
 
 
 def check_device(device: str) -> str:

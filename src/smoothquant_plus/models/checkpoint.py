@@ -63,7 +63,7 @@ COMPANIONS = (
 FINGERPRINT_PAGES = 64
 
 FP8 = torch.float8_e4m3fn
-SCALES = "_scale_inv"  # what a weight in FP8 is multiplied by, beside its own name
+SCALES = ("_scale_inv", "_scale")  # what a weight in FP8 is multiplied by, behind its name
 
 # How names of two tensors that hold all experts of a block end, and what their path ends with where each has its own.
 FUSED_EXPERTS = (
@@ -92,7 +92,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.stored_dtype.itemsize * torch.Size(self.shape).numel()
+        """As what it counts as, in memory and when it is written again."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Checkpoint:
@@ -126,9 +127,14 @@ class Checkpoint:
         if info.scales is None:
             tensor = self._stored(name, info, rows)
         else:
-            tensor, (height, width) = self._stored(name, info, None).float(), info.block
-            for part, scales in zip(tensor.split(height), self._stored(name, info.scales, None).float(), strict=True):
-                part *= scales.repeat_interleave(width)[: part.shape[1]]
+            tensor, scales, (height, width) = (
+                self._stored(name, info, None).float(),
+                self._stored(name, info.scales, None).float(),
+                info.block,
+            )
+            for matrix, its in zip(tensor.view(-1, *tensor.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True):
+                for part, of_columns in zip(matrix.split(height), its, strict=True):
+                    part *= of_columns.repeat_interleave(width)[: part.shape[1]]
             tensor = tensor[rows or slice(None)].to(dtype or info.dtype)
         # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
         if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
@@ -145,7 +151,8 @@ class Checkpoint:
             shape = (info.shape[1], info.columns[1])
         elif rows is not None:
             first, end, _ = rows.indices(info.shape[0])
-            shape, offset = (end - first, *info.shape[1:]), info.offset + first * (info.nbytes // info.shape[0])
+            row = info.dtype.itemsize * torch.Size(info.shape[1:]).numel()
+            shape, offset = (end - first, *info.shape[1:]), info.offset + first * row
         tensor = torch.empty(shape, dtype=info.stored_dtype)
         try:
             # Not mapped: while a mapping is copied, a table of a gigabyte is in memory twice.
@@ -162,6 +169,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """As what its tensors count as: those in FP8 as 16 bits."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -250,9 +258,9 @@ def _separate_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
             transposed = gate_up.shape[1:] == (intermediate, 2 * hidden)
             if transposed:
                 hidden, intermediate = intermediate, hidden
-            # The last blocks of gates in FP8 must not be the first of ups.
-            whole = intermediate % gate_up.block[transposed] == 0 or gate_up.scales is None
-            if whole and (transposed or gate_up.shape[1:] == (2 * intermediate, hidden)):
+            # The last of the gates must not be in one block of FP8 with the first up, unless all are.
+            block = gate_up.block[transposed]
+            if (intermediate % block == 0 or block == 2 * intermediate) and (transposed or gate_up.shape[1:] == (2 * intermediate, hidden)):
                 parts[name] = _matrices(gate_up, base + path, ("gate_proj", "up_proj"), transposed)
                 parts[base + last] = _matrices(down, base + path, ("down_proj",), transposed)
     return {new: part for name, info in tensors.items() for new, part in parts.get(name, {name: info}).items()}
@@ -271,30 +279,38 @@ def _with_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], d
     stored = {name: info for name, info in tensors.items() if info.dtype == FP8}
     if not stored:
         return dict(tensors)
-    block = config["quantization_config"].get("weight_block_size") if in_fp8(config) else None
+    if not in_fp8(config):
+        raise InputError(
+            f"'{next(iter(stored))}' in {directory} is in FP8, and {CONFIG} has no quant_method fp8 that says how: use a checkpoint in 16 bits."
+        )
+    block = config["quantization_config"].get("weight_block_size")
     if block is not None and not (
         isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     ):
         raise InputError(f"{directory / CONFIG} has weight_block_size {block!r}, which is not two numbers of channels.")
     dtype = torch.float16 if (config.get("dtype") or config.get("torch_dtype")) == "float16" else torch.bfloat16
-    beside = {name.removesuffix(".weight") + scale for name in stored for scale in (f".weight{SCALES}", ".activation_scale")}
+    beside = {name + scales for name in stored for scales in (*SCALES, "_activation_scale")}
+    beside |= {name.removesuffix(".weight") + of_inputs for name in stored for of_inputs in (".activation_scale", ".input_scale")}
     found = {name: info for name, info in tensors.items() if name not in beside}
     for name, info in stored.items():
-        scales = tensors.get(name + SCALES)
+        scales = next((tensors[name + each] for each in SCALES if name + each in tensors), None)
         if scales is None or len(info.shape) < 2:
             raise InputError(
-                f"'{name}' in {directory / info.shard} is in FP8, and there is no '{name}{SCALES}' that it is multiplied by: use a checkpoint in 16 "
-                "bits, or one with quant_method fp8."
+                f"'{name}' in {directory / info.shard} is in FP8, and there is no '{name}{SCALES[0]}' that it is multiplied by: the checkpoint is "
+                "incomplete, or use one in 16 bits."
             )
         rows, columns = info.shape[-2:]
         size = (block[0], block[1]) if block else (rows, columns)
         blocks = (-(-rows // size[0]), -(-columns // size[1]))
-        if torch.Size(scales.shape).numel() == torch.Size(info.shape[:-2]).numel() == 1:
-            scales = replace(scales, shape=(1, 1))  # one for the whole weight
+        matrices, count = torch.Size(info.shape[:-2]).numel(), torch.Size(scales.shape).numel()
+        if not block and len(info.shape) == 3 and count == 2 * matrices and rows % 2 == 0:
+            size, blocks = (rows // 2, columns), (2, 1)  # one for the gates of an expert, one for its ups
+        if not block and count == blocks[0] * matrices:
+            scales = replace(scales, shape=(*info.shape[:-2], *blocks))
         if scales.shape != (*info.shape[:-2], *blocks):
             raise InputError(
-                f"'{name}{SCALES}' in {directory / scales.shard} has shape {scales.shape}, and {name} {info.shape} in blocks of {size}: config.json "
-                "(weight_block_size) belongs to another checkpoint."
+                f"the scales of '{name}' in {directory / scales.shard} have shape {scales.shape}, and it has {info.shape} in blocks of {size}: "
+                "config.json (weight_block_size) belongs to another checkpoint."
             )
         found[name] = replace(info, dtype=dtype, scales=scales, block=size)
     return found
@@ -305,9 +321,13 @@ def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transpos
     count, height, width = fused.shape
     scales = {} if fused.scales is None else _matrices(fused.scales, path, projections, transposed)
     matrices = {}
+    long = width if transposed else height
     for number in range(count):
         for place, projection in enumerate(projections):
-            size = (width if transposed else height) // len(projections)
+            if long == 1:  # the scale of one block is that of all projections
+                place, size = 0, 1
+            else:
+                size = long // len(projections)
             matrices[f"{path}.{number}.{projection}.weight"] = replace(
                 fused,
                 shape=(size, height if transposed else width),

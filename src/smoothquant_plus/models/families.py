@@ -34,11 +34,11 @@ class Pair:
     """A source whose output channels feed the input channels of `sinks`; paths are relative to the block.
 
     A `*` in a sink stands for each expert; one in the source makes a pair for each expert, and stands for the same one in the sinks. Sinks
-    that are not quantized, such as a router, are rescaled too. `optional`: a block may lack all of the sinks, as dense blocks do that lie
-    among mixtures of experts. `rows` says which of the source's output channels those are (models/rows.py): all of them (`each`), or the
+    that are not quantized, such as a router, are rescaled too. `optional`: a block may lack some of the sinks or all, as dense blocks do that
+    lie among mixtures of experts. `rows` says which of the source's output channels those are (models/rows.py): all of them (`each`), or the
     values of attention, which the query heads of a group share. `when` is the smallest `--smooth` setting that includes the pair.
     `requires` are configuration values without which the pair would not be exact, or is not there; a tuple lists alternatives, and ... is
-    anything but None and 0.
+    anything but None and 0. `multiplied`: on the way to some of the sinks the output is multiplied by a number of the configuration.
     """
 
     source: str
@@ -47,6 +47,7 @@ class Pair:
     when: Literal["norms", "all"] = "norms"
     requires: Mapping[str, Any] = field(default_factory=dict)
     optional: bool = False
+    multiplied: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -301,7 +302,7 @@ FAMILIES: dict[str, Family] = {
         model_types=("falcon_h1",),
         blocks="model.layers",
         pairs=(
-            Pair("input_layernorm", (*QKV, "mamba.in_proj")),  # attention and state space are parallel
+            Pair("input_layernorm", (*QKV, "mamba.in_proj"), multiplied=True),  # attention and state space are parallel
             Pair("pre_ff_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj")),
             VALUES,
             Pair("feed_forward.up_proj", ("feed_forward.down_proj",), when="all"),

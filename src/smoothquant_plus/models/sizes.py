@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from smoothquant_plus.method.scheme import GROUP_SIZES, Scheme
-from smoothquant_plus.models.blocks import Decoder
+from smoothquant_plus.models.blocks import Decoder, stream_channels
 from smoothquant_plus.models.checkpoint import SHAPE, linear_layout
 from smoothquant_plus.models.families import Family
 from smoothquant_plus.models.skeleton import decoder_blocks, quantized_linears
@@ -59,10 +59,13 @@ def largest_block(model: Any, family: Family) -> int:
 
 def quantizing_bytes(model: Any, family: Family, samples: int, seq_len: int) -> int:
     """Peak memory to quantize, estimated: the float32 block, its largest tensors once more while they are folded and quantized, two streams
-    of hidden states, the largest table outside the blocks twice (read, and being written), and Python with its libraries."""
+    of hidden states, what Gemma 4 gives each block of each token, the largest table outside the blocks twice (read, and being written), and Python
+    with its libraries."""
     block = largest_block(model, family) * 4
     largest = max(p.numel() for p in decoder_blocks(model, family).parameters()) * 4
     inside = {id(p) for p in decoder_blocks(model, family).parameters()}
     outside = max(p.numel() * p.dtype.itemsize for p in model.parameters() if id(p) not in inside)
-    streams = 2 * samples * seq_len * model.config.get_text_config().hidden_size * 4
+    config, blocks = model.config.get_text_config(), decoder_blocks(model, family)
+    of_tokens = len(blocks) * (getattr(config, "hidden_size_per_layer_input", None) or 0)
+    streams = samples * seq_len * (2 * stream_channels(config, blocks) + of_tokens) * 4
     return max(block + 3 * largest, 2 * outside) + streams + 600_000_000

@@ -27,7 +27,7 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
     """Maxima for every linear of every block, float32 (K,), from a .safetensors file or a .pt file (read with weights_only).
 
     Raises InputError when the file cannot be read, a linear is missing, a shape is wrong, a value is negative or not finite, or linears
-    that read the same input have maxima that are not proportional.
+    that read the same input have different maxima.
     """
     if not path.is_file():
         raise InputError(f"no such statistics file: {path}.")
@@ -57,15 +57,11 @@ def read_statistics(path: Path, decoder: Decoder) -> dict[str, Tensor]:
             sinks = [f"{decoder.path(index)}.{sink}" for sink in pair.sinks]
             first, *others = [name for name in sinks if name in statistics and ".experts." not in name] or [""]
             for other in others:
-                if not _proportional(statistics[first], statistics[other]):
+                together = not pair.multiplied or first.rpartition(".")[0] == other.rpartition(".")[0]
+                if together and not torch.equal(statistics[first], statistics[other]):
                     raise InputError(f"{path}: '{first}' and '{other}' read the same input, but their maxima differ.")
     _give_unreached_their_share(path, statistics)
     return statistics
-
-
-def _proportional(a: Tensor, b: Tensor) -> bool:
-    """Whether two maxima may be of the same input: some models (Falcon-H1) multiply it by a number on the way, and round that to bfloat16."""
-    return torch.allclose(a * b.amax(), b * a.amax(), rtol=2**-7, atol=0.0)
 
 
 def _give_unreached_their_share(path: Path, statistics: dict[str, Tensor]) -> None:

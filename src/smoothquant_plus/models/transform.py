@@ -353,11 +353,12 @@ def prove_equivalent(
 
     Raises VerificationError above the tolerance, and when tokens are routed to other experts than before.
     """
+    residual = torch.as_tensor(getattr(block, "layer_scalar", 1.0)).item()  # Gemma 4's blocks multiply all that they put out
     errors = []
     with repeated(block, routing):
         for batch, before in enumerate(reference):
             after = decoder.run(block, index, stream, batch, torch.float32)
-            errors.append(relative_error(before, after, stream.hidden[batch]))
+            errors.append(relative_error(before, after, stream.hidden[batch], residual))
             progress(batch + 1)
     error = torch.tensor(errors).amax().item()  # of a NaN too, which max() would lose
     # The sources' biases, divided by s, are rounded to the dtype they are stored in; hardly anything else is (method/smooth.py).
@@ -376,14 +377,19 @@ def prove_equivalent(
     return error
 
 
-def relative_error(before: Tensor, after: Tensor, hidden: Tensor) -> float:
-    """How far a block's change of the hidden states moved: the largest |after - before| / |before - hidden| over tokens, in float32.
+def relative_error(before: Tensor, after: Tensor, hidden: Tensor, residual: float = 1.0) -> float:
+    """How far a block's change of the hidden states moved: the largest |after - before| / |before - residual * hidden| over tokens, in float32.
 
-    `hidden` is what went into the block. Norms are per token over channels, and the residual stream is taken out: neither one huge token
-    nor a large residual can hide a wrong one.
+    `hidden` is what went into the block, and `residual` how much of it comes out. Norms are per token over channels, and the residual stream is
+    taken out: neither one huge token nor a large residual can hide a wrong one. Channels behind those of `hidden` are keys and values for
+    later blocks, and are compared by themselves.
     """
+    width = hidden.shape[-1]
+
+    def largest(before: Tensor, after: Tensor, known: Tensor | float) -> float:
+        difference, change = (torch.linalg.vector_norm(each, dim=-1) for each in (after - before, before - known))
+        return (difference / change.clamp_min(1e-30)).amax().item()
+
     before, after = before.float(), after.float()
-    difference = torch.linalg.vector_norm(after - before, dim=-1)
-    new = torch.nn.functional.pad(hidden.float(), (0, before.shape[-1] - hidden.shape[-1]))  # keys and values for later blocks
-    change = torch.linalg.vector_norm(before - new, dim=-1)
-    return (difference / change.clamp_min(1e-30)).amax().item()
+    error = largest(before[..., :width], after[..., :width], residual * hidden.float())
+    return max(error, largest(before[..., width:], after[..., width:], 0.0)) if before.shape[-1] > width else error

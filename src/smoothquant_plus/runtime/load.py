@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,15 @@ def load(
             run_as = with_arithmetic(own, arithmetic) if scheme and own.name == scheme.name else own  # a head may have another scheme
             model.set_submodule(path, _read_linear(checkpoint, family, names, path, linear, run_as, device, dtype, backend))
             progress.step()
+    kept = in_float32(model, dtype)
     for name, disk in names.items():
         if name.rpartition(".")[0] not in quantized:
-            tensor = checkpoint.read(disk, dtype=dtype)
+            wanted = torch.float32 if kept and kept.search(name) else dtype
+            tensor = checkpoint.read(disk, finite=name not in buffers, dtype=wanted)
             if is_transposed(family, name, tensor):
                 tensor = tensor.t().contiguous()
             # Buffers, such as a router's correction of its scores, keep their own dtype.
-            assign(model, name, tensor.to(device, tensor.dtype if name in buffers else dtype))
+            assign(model, name, tensor.to(device, tensor.dtype if name in buffers else wanted))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     stored = head_at in {name.rpartition(".")[0] for name in names}
     if head_at in quantized or (stored and not torch.equal(head.weight, table.weight)):
@@ -91,6 +94,12 @@ def load(
     if scheme is not None and model.device.type == "cpu":  # what is not quantized stays as transformers has it
         speed_up(model)
     return model.eval()
+
+
+def in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """What transformers keeps in float32 in a model of 16 bits, as a pattern for names: routers of some mixtures, whose ties 16 bits would make."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) if dtype in (torch.float16, torch.bfloat16) else None
+    return re.compile("|".join(rf"(^|\.){path}($|\.)" for path in kept)) if kept else None
 
 
 def _read_linear(

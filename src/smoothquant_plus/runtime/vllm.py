@@ -481,7 +481,7 @@ class Quantizer:
         decoder = self.decoder
         for names in (*decoder.outside, sorted(decoder.head_names)):
             for name in names:
-                yield name, decoder.checkpoint.read(name, finite=name in decoder.known_names)
+                yield name, decoder.checkpoint.read(name, finite=name in decoder.parameter_names)
         unused = set(self.factors)
         for index in range(len(decoder)):
             yield from self._block(index, unused)
