@@ -66,6 +66,8 @@ def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -
     config = read_config(model)
     if config.get("quantization_config") is not None and not in_fp8(config):
         raise InputError(f"{model} is quantized already: start from the full-precision checkpoint.")
+    if in_fp8(config):
+        note(f"{model} is stored in FP8: its weights are read as what they stand for, which counts as full precision here.")
     declared = declared or declared_family(model)
     open_family(load_config(model), declared)  # the family before the weights: its message is the more useful one
     checkpoint = Checkpoint(model)

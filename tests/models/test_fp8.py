@@ -72,7 +72,12 @@ def change_config(model: Path, **values: Any) -> None:
     ids=lambda value: value if isinstance(value, str) else "whole" if value is None else "x".join(map(str, value)),
 )
 def test_what_is_published_in_fp8(
-    name: str, size: list[int] | None, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path
+    name: str,
+    size: list[int] | None,
+    tiny: Callable[..., Path],
+    calibration: Calibration,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Loaded, quantized and verified as the float32 model that it stands for, to the last bit."""
     fp8, meant = publish(tiny(name, torch.bfloat16), tmp_path, size)
@@ -84,6 +89,7 @@ def test_what_is_published_in_fp8(
         outs.append(tmp_path / f"{source.name}-out")
         quantize(source, outs[-1], activations="static", smooth="none", target="here", calibration=calibration)
         verify(outs[-1], source)
+        assert ("is stored in FP8" in capsys.readouterr().err) == (source == fp8)
     ours, theirs = map(Checkpoint, outs)
     assert ours.tensors.keys() == theirs.tensors.keys() and not any("scale_inv" in each for each in ours.tensors)
     for each, info in ours.tensors.items():

@@ -127,14 +127,8 @@ class Checkpoint:
         if info.scales is None:
             tensor = self._stored(name, info, rows)
         else:
-            tensor, scales, (height, width) = (
-                self._stored(name, info, None).float(),
-                self._stored(name, info.scales, None).float(),
-                info.block,
-            )
-            for matrix, its in zip(tensor.view(-1, *tensor.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True):
-                for part, of_columns in zip(matrix.split(height), its, strict=True):
-                    part *= of_columns.repeat_interleave(width)[: part.shape[1]]
+            tensor = self._stored(name, info).float()
+            _multiply(tensor, self._stored(name, info.scales).float(), info.block)
             tensor = tensor[rows or slice(None)].to(dtype or info.dtype)
         # The smallest and the largest value show NaN and infinities too, in one pass and without a copy.
         if finite and tensor.is_floating_point() and tensor.numel() and not all(bool(value.isfinite()) for value in tensor.aminmax()):
@@ -143,7 +137,7 @@ class Checkpoint:
             )
         return tensor
 
-    def _stored(self, name: str, info: TensorInfo, rows: slice | None) -> Tensor:
+    def _stored(self, name: str, info: TensorInfo, rows: slice | None = None) -> Tensor:
         """What lies on disk of the tensor `name`."""
         path = self.directory / info.shard
         shape, offset = info.shape, info.offset
@@ -250,9 +244,9 @@ def _separate_experts(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
     parts: dict[str, dict[str, TensorInfo]] = {}
     for first, last, path in FUSED_EXPERTS:
         for name, gate_up in tensors.items():
-            base, found = re.subn(re.escape(first) + "$", "", name)
-            down = tensors.get(base + last)
-            if not found or down is None or not (len(gate_up.shape) == len(down.shape) == 3 and gate_up.shape[0] == down.shape[0]):
+            base = name.removesuffix(first)
+            down = tensors.get(base + last) if base != name else None
+            if down is None or not (len(gate_up.shape) == len(down.shape) == 3 and gate_up.shape[0] == down.shape[0]):
                 continue
             hidden, intermediate = down.shape[1:]
             transposed = gate_up.shape[1:] == (intermediate, 2 * hidden)
@@ -316,6 +310,14 @@ def _with_scales(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], d
     return found
 
 
+def _multiply(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+    """Multiply each `block` of the matrices `weight` (..., N, K) by its number in `scales` (..., N / n, K / k), in place."""
+    height, width = block
+    for matrix, its in zip(weight.view(-1, *weight.shape[-2:]), scales.view(-1, *scales.shape[-2:]), strict=True):
+        for rows, of_columns in zip(matrix.split(height), its, strict=True):
+            rows *= of_columns.repeat_interleave(width)[: rows.shape[1]]
+
+
 def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transposed: bool) -> dict[str, TensorInfo]:
     """The weight of each expert's `projections`, which `fused` holds next to each other, one expert after the other."""
     count, height, width = fused.shape
@@ -324,15 +326,13 @@ def _matrices(fused: TensorInfo, path: str, projections: Sequence[str], transpos
     long = width if transposed else height
     for number in range(count):
         for place, projection in enumerate(projections):
-            if long == 1:  # the scale of one block is that of all projections
-                place, size = 0, 1
-            else:
-                size = long // len(projections)
+            size = max(1, long // len(projections))
+            first = place * size if long > 1 else 0  # the scale of one block is that of all projections
             matrices[f"{path}.{number}.{projection}.weight"] = replace(
                 fused,
                 shape=(size, height if transposed else width),
-                offset=fused.offset + fused.stored_dtype.itemsize * width * (number * height + (0 if transposed else place * size)),
-                columns=(place * size, width) if transposed else None,
+                offset=fused.offset + fused.stored_dtype.itemsize * width * (number * height + (0 if transposed else first)),
+                columns=(first, width) if transposed else None,
                 scales=scales.get(f"{path}.{number}.{projection}.weight"),
                 block=fused.block[::-1] if transposed else fused.block,
             )
