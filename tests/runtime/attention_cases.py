@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import families
 from smoothquant_plus.runtime.attention import Int8Layer
 
 # batch, heads, KV heads, tokens, positions, channels of keys, channels of values. A page has 64 positions, what is summed up together 512; 32 rows
@@ -26,6 +27,13 @@ SHAPES = [
     (1, 2, 2, 0, 3, 8, 8),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Tiny models that it is refused for, and why.
+REFUSED = {
+    **dict.fromkeys(families.HYBRID, "has layers that keep something other than keys and values"),
+    **dict.fromkeys(("gemma4-e2b", "gemma4-vision"), "has layers that read the keys and values of earlier ones"),
+    "mimo-v2-flash": "does not compute the sinks",
+}
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPTJForCausalLM, GptOssConfig, Lfm2Config, StaticCache
 
 import families
-from attention_cases import DTYPES, NOT_FINITE, SHAPES, check_not_finite, close, kept, random
+from attention_cases import DTYPES, NOT_FINITE, REFUSED, SHAPES, check_not_finite, close, kept, random
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.pipeline import quantize
 from smoothquant_plus.preparation import Calibration
@@ -182,16 +182,12 @@ IDS = families.make_tokenizer()(families.TEXT[:60], return_tensors="pt")["input_
 @torch.no_grad()
 def test_every_family_says_what_it_says_in_floats(name: str, tiny: Callable[..., Path]) -> None:
     """At once and token by token, with a cache in 8 bits and without one, and with padding."""
-    if name in families.HYBRID:
-        with pytest.raises(InputError, match="has layers that keep something other than keys and values"):
+    if name in REFUSED:
+        with pytest.raises(InputError, match=REFUSED[name]):
             load(tiny(name), attention="int8")
         return
     if name == "gptj" and not GPTJForCausalLM._can_set_attn_implementation():  # as in transformers 5.19
         with pytest.raises(InputError, match="of 'gptj' in its own code"):
-            load(tiny(name), attention="int8")
-        return
-    if name == "mimo-v2-flash":
-        with pytest.raises(InputError, match="does not compute the sinks"):
             load(tiny(name), attention="int8")
         return
     floats, model = load(tiny(name), dtype=torch.float32), load(tiny(name), dtype=torch.float32, attention="int8")

@@ -200,6 +200,8 @@ def check_attention(model: Any, asked: str, device: str) -> None:
         raise InputError(
             f"attention in int8: transformers computes that of '{kind}' in its own code, which cannot be replaced. Load it without."
         )
+    if any(getattr(module, "is_kv_shared_layer", False) for module in model.modules()):
+        raise InputError(f"attention in int8: '{kind}' has layers that read the keys and values of earlier ones. Load it without.")
     layers = () if _is_latent(model) else DynamicCache(config=model.config).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise InputError(f"attention in int8: '{kind}' has layers that keep something other than keys and values. Load it without.")
