@@ -125,9 +125,9 @@ def test_the_search_reads_each_weight_once(planted: Path, tmp_path: Path, monkey
     reads: Counter[str] = Counter()
     read = Checkpoint.read
 
-    def counted(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    def counted(checkpoint: Checkpoint, name: str, **how: Any) -> torch.Tensor:
         reads[name] += checkpoint.directory == planted
-        return read(checkpoint, name)
+        return read(checkpoint, name, **how)
 
     class Stopped(Exception):
         pass
