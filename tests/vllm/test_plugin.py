@@ -52,8 +52,8 @@ def check(found: Answer, expected: Answer, scheme: str) -> None:
 # Every layout of every family; wrappers' text alone could be tried, see docs/formats.md.
 WRAPPERS = {name for name, config in families.TINY.items() if hasattr(config, "vision_config")}
 # What vLLM 0.32 does not run on CPUs, or answers otherwise than transformers, unquantized too: routers that are neither softmax alone nor in groups,
-# values with heads of another size, a text alone that it knows inside a wrapper, linear attention, state spaces and convolutions; and
-# Solar Open's mixture, for which it has transformers' code alone, and refuses any that is quantized.
+# values with heads of another size, a text alone that it knows inside a wrapper, linear attention and convolutions; and
+# Solar Open's mixture, for which it has transformers' code alone, and refuses any that is quantized. State spaces were not tried.
 ELSEWHERE = {
     "minimax-m2",
     "ernie4-5-moe-0-shared",
