@@ -11,10 +11,11 @@ from torch import nn
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.scheme import SCHEMES, find_scheme
-from smoothquant_plus.models.checkpoint import in_fp8, read_config
+from smoothquant_plus.models.checkpoint import read_config
 from smoothquant_plus.models.families import active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes, largest_block, quantizing_bytes, stored_bytes
 from smoothquant_plus.models.skeleton import build_skeleton, declared_family, decoder_blocks, load_config, open_family, quantized_linears
+from smoothquant_plus.models.tensors import in_fp8
 
 
 @dataclass(frozen=True)

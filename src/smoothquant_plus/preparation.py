@@ -18,11 +18,12 @@ from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, check_device
-from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, in_fp8, read_config
+from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes
 from smoothquant_plus.models.skeleton import check_positions, declared_family, load_config, open_family, quantized_linears
 from smoothquant_plus.models.statistics import read_statistics
+from smoothquant_plus.models.tensors import in_fp8
 from smoothquant_plus.models.vllm_limits import check_for_vllm
 from smoothquant_plus.progress import note
 from smoothquant_plus.search import Search

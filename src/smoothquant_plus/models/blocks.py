@@ -19,10 +19,7 @@ from smoothquant_plus.errors import InputError
 from smoothquant_plus.method.statistics import ChannelMaxima
 from smoothquant_plus.models.checkpoint import Checkpoint
 from smoothquant_plus.models.experts import share_with_unreached
-from smoothquant_plus.models.families import (
-    Pair,
-    pairs_in,
-)
+from smoothquant_plus.models.families import Pair, pairs_in
 from smoothquant_plus.models.skeleton import (
     build_skeleton,
     check_pairs,
