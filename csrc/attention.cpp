@@ -125,14 +125,20 @@ struct Integers {
   void set(int64_t row, const float* numbers) {
     const float largest = kernels.absolute_maximum(numbers, steps * 4);
     scales[row] = scale_for(largest);
-    int32_t* to = fours.get() + row * steps;
-    first[row] = -128 * kernels.quantize(numbers, steps * 4, largest, scales[row], reinterpret_cast<int8_t*>(to));
+    const int64_t part = kernels.tiles ? kTileSteps : steps;
+    first[row] = 0;
+    int32_t* to;
+    for (int64_t start = 0; start < steps; start += part) {
+      const int64_t count = std::min(part, steps - start);
+      to = fours.get() + start * rows + row * count;
+      first[row] -= 128 * kernels.quantize(numbers + start * 4, count * 4, largest, scales[row], reinterpret_cast<int8_t*>(to));
+    }
     if (kernels.cut) rests[row] = kernels.cut(0, steps, to, rest.get() + row * steps);
   }
 
   // y (rows, 64) = the products with a panel, in float32 but without scales.
   void multiply(const std::vector<Block>& blocks, const uint8_t* panel, int32_t* y) const {
-    kernels.w8(blocks.size(), blocks.data(), {fours.get(), rows, steps, steps, panel, first.data(), rest.get(), rests.data(), y, {}});
+    kernels.w8(blocks.size(), blocks.data(), {fours.get(), rows, steps, 0, steps, panel, panel + steps * kStep, first.data(), rest.get(), rests.data(), y, {}});
   }
 };
 

@@ -116,7 +116,7 @@ float sum_bfloat16_avx512(const void* x, int64_t count) {
 
 void w4_bfloat16_avx512(int64_t blocks, const Block* block, const W4Tile& t) {
   DecodedGroup group;
-  for (int64_t g = 0; g < t.groups; ++g) {
+  for (int64_t g = t.start; g < t.end; ++g) {
     take_scales<V, kZero>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;

@@ -167,7 +167,7 @@ void fixed_block(const W4Tile& t, int64_t g, const Block& own, int64_t walk, int
 template <class V, int P>
 void w4_fixed_in(int64_t blocks, const Block* block, const W4Tile& t) {
   FixedGroup group;
-  for (int64_t g = 0; g < t.groups; ++g) {
+  for (int64_t g = t.start; g < t.end; ++g) {
     take_scales<V>(t, g, &group);
     for (int channel = 0; channel < kPanel; ++channel) group.zeros[channel] = static_cast<int32_t>(group.zero[channel]);
     for (int64_t b = 0; b < blocks; ++b) {

@@ -25,6 +25,7 @@ constexpr int64_t kStep = kPanel * 4;
 
 // W8 and bfloat16 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
 constexpr int64_t kChunk = 256;  // steps: 64 KB
+constexpr int64_t kGroups = 8;   // and W4 panels, where several are multiplied in turn, so many groups at a time
 
 // Some rows that are multiplied together, of which the first is row `top`.
 struct Block {
@@ -38,6 +39,9 @@ struct Rest {
   int32_t at;  // of which step (W8), or which of a group's pairs (W4)
 };
 
+// Tiles of AMX have rows of so many fours or pairs, and are of so many rows.
+constexpr int64_t kTileSteps = 16;
+
 // Where a panel's results are written in the end: so many bytes a row, each row `stride` bytes after the one before.
 struct Results {
   char* at;
@@ -45,15 +49,16 @@ struct Results {
 };
 
 struct W8Tile {
-  const int32_t* x;       // (chunks, rows, steps of the chunk): four int8 activations each, or two of bfloat16
+  const int32_t* x;       // (parts, rows, steps of the part): four int8 activations each, or two of bfloat16
   int64_t rows;           // of all blocks
   int64_t steps;          // K / 4, or K / 2
-  int64_t chunk;          // steps, at most
+  int64_t start, count;   // the steps of this chunk, which is one part, or several of kTileSteps each
   const uint8_t* weight;  // one panel
+  const uint8_t* next;    // the chunk that is multiplied next
   const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much; 0 for bfloat16
   const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
   const int32_t* rests;   // (rows): how many
-  int32_t* y;             // (rows of these blocks, 64): the integer sums; in the end float32
+  int32_t* y;             // (rows of these blocks, 64): the integer sums, of all chunks up to this one; in the end float32
   Results results;        // of these blocks
 };
 
@@ -76,8 +81,10 @@ struct W4Tile {
   const Rest* rest;          // (groups, rows, pairs of the group)
   int64_t rows;              // of all blocks
   int64_t groups;
+  int64_t start, end;        // the groups of this chunk
   int64_t steps;             // of eight input channels, in a group: 4, 8, 12 or 16
   const uint32_t* weight;    // one panel
+  const uint32_t* next;      // the chunk that is multiplied next
   Type scale_type;
   const void* scale;         // (groups, 64)
   const int8_t* zero_point;  // (groups, 64), or null where all are 0
@@ -89,6 +96,8 @@ struct Kernels {
   const char* name;
   int rows;     // the most rows of a block, where there are several
   int at_once;  // and where it is the only one: with sums for all of a panel's channels in registers, so that each weight is read once
+  int panels;   // how many panels take turns, chunk by chunk, so that activations stay in the second-level cache
+  bool tiles;   // whether activations lie in parts of kTileSteps
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
   void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);
@@ -129,6 +138,9 @@ void bfloat16_avx512(int64_t blocks, const Block*, const W8Tile&);
 void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);
 float sum_bfloat16_avx512(const void* x, int64_t count);
 int64_t peak_bfloat16_avx512(int64_t iterations);
+// Whether the processor has AMX and the system lets this process use it; and kAvx512Bf16's kernels with AMX's products.
+bool amx_allowed();
+Kernels with_amx(Kernels);
 #endif
 
 }  // namespace sqplus

@@ -21,7 +21,7 @@
 namespace sqplus {
 namespace {
 
-// From the lowest to the highest level, as LEVELS in runtime/kernels/cpu.py. AMX would be another one, and its tiles another file.
+// From the lowest to the highest level, as LEVELS in runtime/kernels/cpu.py.
 std::vector<Kernels> levels_here() {
   std::vector<Kernels> levels = {kPortable};
 #if defined(SQPLUS_EMULATE)
@@ -31,6 +31,9 @@ std::vector<Kernels> levels_here() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(__x86_64__)
+  const bool amx = bfloat16 && amx_allowed();
 #endif
 #if defined(__x86_64__)
   if (avx2) levels.push_back(kAvx2);
@@ -43,6 +46,7 @@ std::vector<Kernels> levels_here() {
     kernels.sum_bfloat16 = sum_bfloat16_avx512;
     kernels.peak_bfloat16 = peak_bfloat16_avx512;
     levels.push_back(kernels);
+    if (amx) levels.push_back(with_amx(kernels));
   }
 #endif
   return levels;
@@ -209,18 +213,36 @@ Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t
   return made;
 }
 
-// Calls work(panel, blocks, first block) for all panels and blocks of rows, in parallel.
+// Calls work(first panel, panels, blocks, first block) for all panels, at most `most` at a time, and blocks of rows, in parallel.
 template <class Work>
-void for_panels(int64_t panels, const std::vector<Block>& blocks, Work&& work) {
+void for_panels(int64_t panels, int64_t most, const std::vector<Block>& blocks, Work&& work) {
   // Where there are hardly more panels than threads, each panel's rows are divided too, but not into few: weights are read for each part.
   const int64_t threads = torch::stable::get_num_threads(), count = blocks.size();
   const int64_t parts = std::max<int64_t>(1, std::min(count / 8, (4 * threads + panels - 1) / panels));
-  parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t at_once = std::max<int64_t>(1, std::min(most, panels / (4 * threads))), turns = (panels + at_once - 1) / at_once;
+  parallel_for(0, turns * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % parts * count / parts, last = (item % parts + 1) * count / parts;
-      work(item / parts, last - first, blocks.data() + first);
+      const int64_t panel = item / parts * at_once, first = item % parts * count / parts, last = (item % parts + 1) * count / parts;
+      work(panel, std::min(at_once, panels - panel), last - first, blocks.data() + first);
     }
   });
+}
+
+// Calls work(panel, from, to, next panel, next from) for all panels, chunk by chunk of so many steps or groups.
+template <class Work>
+void in_turn(int64_t panels, int64_t steps, int64_t chunk, Work&& work) {
+  for (int64_t start = 0; start < steps || start == 0; start += chunk) {
+    const int64_t end = std::min(start + chunk, steps);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (panel + 1 < panels) {
+        work(panel, start, end, panel + 1, start);
+      } else if (end < steps) {
+        work(panel, start, end, 0, end);
+      } else {
+        work(panel, start, end, panels, 0);
+      }
+    }
+  }
 }
 
 // Where results go: y (M, N) in memory.
@@ -259,21 +281,30 @@ std::unique_ptr<float[]> floats_of(const Kernels& kernels, const std::optional<T
 }
 
 // y (M, N) = the products of prepared activations with all panels, from the `tile` of the first one, times the scales, + bias: as Panel::write has them.
-void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Tile& tile, const std::vector<Block>& blocks, const float* row_scales, const float* scale,
-              const float* bias, const Tensor& y) {
+void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Tile& tile, int64_t chunk, const std::vector<Block>& blocks, const float* row_scales,
+              const float* scale, const float* bias, const Tensor& y) {
   const int64_t n = y.sizes().back();
   const Result result(y, n);
-  for_panels(round_up(n, kPanel) / kPanel, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-    const Panel own(panel, n, count, block);
-    std::vector<int32_t> sums(own.rows * kPanel);  // zeros: K may be 0
-    W8Tile t = tile;
-    t.weight += panel * t.steps * kStep;
-    t.y = sums.data();
-    t.results = own.results(result);
-    product(count, block, t);
-    own.write(kernels, reinterpret_cast<const float*>(sums.data()), row_scales, scale, bias, result);
+  for_panels(round_up(n, kPanel) / kPanel, kernels.panels, blocks, [&](int64_t first, int64_t panels, int64_t count, const Block* block) {
+    const int64_t length = Panel(first, n, count, block).rows * kPanel;
+    std::vector<int32_t> sums(panels * length);  // zeros: K may be 0
+    in_turn(panels, tile.steps, chunk, [&](int64_t panel, int64_t start, int64_t end, int64_t next, int64_t next_start) {
+      const Panel own(first + panel, n, count, block);
+      int32_t* y = sums.data() + panel * length;
+      W8Tile t = tile;
+      t.next = t.weight + ((first + next) * t.steps + next_start) * kStep;
+      t.weight += (first + panel) * t.steps * kStep;
+      t.start = start, t.count = end - start;
+      t.y = y;
+      t.results = own.results(result);
+      if (t.steps > 0) product(count, block, t);
+      if (end == t.steps) own.write(kernels, reinterpret_cast<const float*>(y), row_scales, scale, bias, result);
+    });
   });
 }
+
+// How many steps of a panel are multiplied with m rows before the next ones are: all of them where one block of rows is all.
+int64_t chunk_of(const Kernels& kernels, int64_t m, int64_t steps) { return m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk; }
 
 // x (..., K) in float -> (..., N): y = (int(x) @ weight.T) * input scale * weight_scale + bias. `weight_scale` float32 (N,), `input_scale` float32
 // (1,) when it is static, `bias` (N,) in float.
@@ -293,8 +324,8 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
-  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk;
-  Integers integers = integers_of(kernels, x, k, steps, chunk, per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr);
+  const int64_t chunk = chunk_of(kernels, m, steps), part = kernels.tiles ? kTileSteps : chunk;
+  Integers integers = integers_of(kernels, x, k, steps, part, per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr);
   std::vector<int32_t> first(m);
   for (size_t i = 0; i < integers.sums.size(); ++i) first[i % m] -= 128 * integers.sums[i];
   const auto rest = room<Rest>(kernels.cut ? m * steps : 0);
@@ -302,16 +333,16 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   if (kernels.cut) {
     parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t start = 0; start < steps; start += chunk) {
-          const int64_t count = std::min(chunk, steps - start);
+        for (int64_t start = 0; start < steps; start += part) {
+          const int64_t count = std::min(part, steps - start);
           rests[i] += kernels.cut(start, count, integers.fours.get() + start * m + i * count, rest.get() + i * steps + rests[i]);
         }
       }
     });
   }
 
-  const W8Tile tile{integers.fours.get(), m, steps, chunk, static_cast<const uint8_t*>(packed.data_ptr()), first.data(), rest.get(), rests.data(), nullptr, {}};
-  multiply(kernels, kernels.w8, tile, blocks, integers.scales.data(), static_cast<const float*>(weight_scale.data_ptr()), offset.get(), y);
+  const W8Tile tile{integers.fours.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, first.data(), rest.get(), rests.data(), nullptr, {}};
+  multiply(kernels, kernels.w8, tile, chunk, blocks, integers.scales.data(), static_cast<const float*>(weight_scale.data_ptr()), offset.get(), y);
   return y;
 }
 
@@ -328,13 +359,13 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
-  const int64_t chunk = m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk;
+  const int64_t chunk = chunk_of(kernels, m, steps), part = kernels.tiles ? kTileSteps : chunk;
   const auto pairs = room<int32_t>(m * steps);
   const char* values = static_cast<const char*>(x.data_ptr());
   parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t start = 0; start < steps; start += chunk) {
-        const int64_t count = std::min(chunk, steps - start);
+      for (int64_t start = 0; start < steps; start += part) {
+        const int64_t count = std::min(part, steps - start);
         int32_t* to = pairs.get() + start * m + i * count;
         to[count - 1] = 0;  // where K is odd
         std::memcpy(to, values + (i * k + start * 2) * 2, std::min(count * 2, k - start * 2) * 2);
@@ -342,8 +373,8 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
     }
   });
   const std::vector<int32_t> first(m);
-  const W8Tile tile{pairs.get(), m, steps, chunk, static_cast<const uint8_t*>(packed.data_ptr()), first.data(), nullptr, nullptr, nullptr, {}};
-  multiply(kernels, kernels.bfloat16, tile, blocks, nullptr, nullptr, offset.get(), y);
+  const W8Tile tile{pairs.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, first.data(), nullptr, nullptr, nullptr, {}};
+  multiply(kernels, kernels.bfloat16, tile, chunk, blocks, nullptr, nullptr, offset.get(), y);
   return y;
 }
 
@@ -375,17 +406,23 @@ struct Weight4 {
   // y = product of the prepared activations in `tile` with the weight, times a scale of each row if there are any, + bias.
   void multiply(const std::vector<Block>& blocks, decltype(Kernels::w4) product, const float* row_scales, const float* bias, const Tensor& y) const {
     const Result result(y, n);
-    for_panels(panels, blocks, [&](int64_t panel, int64_t count, const Block* block) {
-      const Panel own(panel, n, count, block);
-      std::vector<float> sums(own.rows * kPanel);  // zeros
-      W4Tile t = tile;
-      t.weight += panel * kPanel * (k / 8);
-      t.scale = static_cast<const char*>(t.scale) + panel * groups * kPanel * size_of(t.scale_type);
-      if (t.zero_point) t.zero_point += panel * groups * kPanel;
-      t.y = sums.data();
-      t.results = own.results(result);
-      product(count, block, t);
-      own.write(kernels, sums.data(), row_scales, nullptr, bias, result);
+    const int most = blocks.size() == 1 || product == kernels.w4 ? 1 : kernels.panels;
+    for_panels(panels, most, blocks, [&](int64_t first, int64_t turns, int64_t count, const Block* block) {
+      const int64_t length = Panel(first, n, count, block).rows * kPanel, of_panel = kPanel * (k / 8);
+      std::vector<float> sums(turns * length);  // zeros
+      in_turn(turns, groups, most == 1 ? groups : kGroups, [&](int64_t panel, int64_t start, int64_t end, int64_t next, int64_t next_start) {
+        const Panel own(first + panel, n, count, block);
+        W4Tile t = tile;
+        t.next = t.weight + (first + next) * of_panel + next_start * steps * kPanel;
+        t.weight += (first + panel) * of_panel;
+        t.scale = static_cast<const char*>(t.scale) + (first + panel) * groups * kPanel * size_of(t.scale_type);
+        if (t.zero_point) t.zero_point += (first + panel) * groups * kPanel;
+        t.start = start, t.end = end;
+        t.y = sums.data() + panel * length;
+        t.results = own.results(result);
+        product(count, block, t);
+        if (end == groups) own.write(kernels, t.y, row_scales, nullptr, bias, result);
+      });
     });
   }
 };

@@ -74,10 +74,11 @@ SQPLUS_INLINE void fetch_results(const Results& results, int64_t first, int rows
 template <class V>
 using NoFetch = Fetch<V, false, 0>;
 
-// One chunk of the vectors of channels from `from` on, for one block of rows.
+// A chunk of the vectors of channels from `from` on, for one block of rows.
 template <class V, int R, class Fetch>
-SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int64_t start, int64_t steps, int from, Fetch fetch, int32_t* y) {
+SQPLUS_NOINLINE void w8_rows(const W8Tile& t, int64_t top, int from, Fetch fetch, int32_t* y) {
   constexpr int H = vectors_for<V>(R);
+  const int64_t start = t.start, steps = t.count;
   const uint8_t* w = t.weight + start * kStep + from * 4;
   const int32_t* x = t.x + start * t.rows + top * steps;
   typename V::Int sum[R * H];
@@ -122,27 +123,24 @@ SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, i
 
 template <class V>
 void w8(int64_t blocks, const Block* block, const W8Tile& t) {
-  for (int64_t start = 0; start < t.steps; start += t.chunk) {
-    const int64_t steps = t.steps - start < t.chunk ? t.steps - start : t.chunk;
-    const uint8_t* own = t.weight + start * kStep;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t top = block[b].top;
-      int32_t* y = t.y + (top - block->top) * kPanel;
-      if (start + steps == t.steps) fetch_results(t.results, top - block->top, block[b].rows);
-      with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
-        constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
-        for (int pass = 0; pass < passes; ++pass) {
-          const auto rows = [&](auto fetch) { w8_rows<V, r>(t, top, start, steps, pass * channels, fetch, y); };
-          if (blocks * passes == 1) {
-            rows(NoFetch<V>{});
-          } else {
-            fetching<V, false>(own + steps * kStep, steps * kStep, b * passes + pass, blocks * passes, rows);
-          }
+  const bool last = t.start + t.count == t.steps;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t top = block[b].top;
+    int32_t* y = t.y + (top - block->top) * kPanel;
+    if (last) fetch_results(t.results, top - block->top, block[b].rows);
+    with_rows<most_rows<V>>(block[b].rows, [&](auto r) {
+      constexpr int channels = vectors_for<V>(r) * V::width, passes = kPanel / channels;
+      for (int pass = 0; pass < passes; ++pass) {
+        const auto rows = [&](auto fetch) { w8_rows<V, r>(t, top, pass * channels, fetch, y); };
+        if (blocks * passes == 1) {
+          rows(NoFetch<V>{});
+        } else {
+          fetching<V, false>(t.next, t.count * kStep, b * passes + pass, blocks * passes, rows);
         }
-      });
-    }
+      }
+    });
   }
-  if constexpr (V::saturates) {
+  if (V::saturates && last) {
     const int64_t end = block[blocks - 1].top + block[blocks - 1].rows;
     for (int64_t row = block->top; row < end; ++row) w8_rest<V>(t, t.rest + row * t.steps, t.rests[row], t.y + (row - block->top) * kPanel);
   }
@@ -297,7 +295,7 @@ void w4_many(const W4Tile& t, int64_t g, const Group& group, const float* of_gro
 template <class V>
 void w4(int64_t blocks, const Block* block, const W4Tile& t) {
   Group group;
-  for (int64_t g = 0; g < t.groups; ++g) {
+  for (int64_t g = t.start; g < t.end; ++g) {
     take_scales<V>(t, g, &group);
     const float* x = static_cast<const float*>(t.x) + g * t.steps * 8 * t.rows;
     if (blocks == 1) {
@@ -337,7 +335,7 @@ SQPLUS_NOINLINE void w4a8_rows(const W4Tile& t, int64_t g, int64_t top, int from
 template <class V>
 void w4a8(int64_t blocks, const Block* block, const W4Tile& t) {
   Group group;
-  for (int64_t g = 0; g < t.groups; ++g) {
+  for (int64_t g = t.start; g < t.end; ++g) {
     take_scales<V>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top;
@@ -413,6 +411,7 @@ constexpr Kernels kernels_of(const char* name, decltype(Kernels::w4) product, de
   kernels.name = name;
   kernels.rows = V::rows;
   kernels.at_once = at_once<V>;
+  kernels.panels = 1;
   kernels.w8 = w8<V>;
   kernels.bfloat16 = w8<Pairs<V>>;
   kernels.w4 = product;
