@@ -4,6 +4,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "avx512.h"
 
 namespace sqplus {
@@ -81,18 +83,18 @@ struct Operand {
   int64_t row, next;
 };
 
-// Fetches `lines` of 64 bytes a step.
+// What is done beside products: weights that are multiplied soon are fetched into the second-level cache, so many lines of 64 bytes a step.
 struct Coming {
   const char* at;
   int64_t lines;
-  SQPLUS_INLINE void step() {
+  SQPLUS_INLINE void step(int64_t) {
     for (int64_t i = 0; i < lines; ++i, at += 64) V::prefetch<false>(at);
   }
 };
 
-// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next.
-template <class Dot>
-SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t tiles, Coming& coming) {
+// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next. After each tile `aside` has a step of its own.
+template <class Dot, class Aside>
+SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
   for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
     load<4>(x.at, x.row);
     load<5>(w.at, w.row);
@@ -103,13 +105,13 @@ SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t ti
     Dot::template multiply<2, 4, 7>();
     load<5>(w.at + 3 * beside, w.row);
     Dot::template multiply<3, 4, 5>();
-    coming.step();
+    aside.step(k);
   }
 }
 
-// For more rows and 32 output channels.
-template <class Dot>
-SQPLUS_INLINE void multiply_two(Operand x, Operand w, int64_t beside, int64_t tiles, Coming& coming) {
+// For more rows and 32 output channels: four products for four loads, which no other arrangement of eight tiles has.
+template <class Dot, class Aside>
+SQPLUS_INLINE void multiply_two(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
   for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
     load<6>(w.at, w.row);
     load<4>(x.at, x.row);
@@ -119,21 +121,36 @@ SQPLUS_INLINE void multiply_two(Operand x, Operand w, int64_t beside, int64_t ti
     load<5>(x.at + kRows * x.row, x.row);
     Dot::template multiply<2, 5, 6>();
     Dot::template multiply<3, 5, 7>();
-    coming.step();
+    aside.step(k);
   }
 }
 
-// With the tiles of sums, the address of each in `y` (rows, 64), from output channel `from` on.
-template <bool one, class F>
-SQPLUS_INLINE void each_sum(char* y, F&& f) {
-  constexpr int64_t width = kChannels * 4, rows = kRows * kPanel * 4;
-  f(std::integral_constant<int, 0>{}, y);
-  f(std::integral_constant<int, 1>{}, y + width);
-  f(std::integral_constant<int, 2>{}, y + (one ? 2 * width : rows));
-  f(std::integral_constant<int, 3>{}, y + (one ? 3 * width : rows + width));
+// For up to 16 rows and 32 output channels.
+template <class Dot, class Aside>
+SQPLUS_INLINE void multiply_half(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
+  for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
+    load<4>(x.at, x.row);
+    load<6>(w.at, w.row);
+    Dot::template multiply<0, 4, 6>();
+    load<7>(w.at + beside, w.row);
+    Dot::template multiply<1, 4, 7>();
+    aside.step(k);
+  }
 }
 
-constexpr int64_t kRow = kPanel * 4;
+// With the tiles of sums, the address of each in memory whose rows are so many bytes apart.
+template <bool one, class F>
+SQPLUS_INLINE void each_sum(char* y, int64_t row, int rows, F&& f) {
+  constexpr int64_t width = kChannels * 4;
+  f(std::integral_constant<int, 0>{}, y);
+  f(std::integral_constant<int, 1>{}, y + width);
+  if (one || rows > kRows) {
+    f(std::integral_constant<int, 2>{}, y + (one ? 2 * width : kRows * row));
+    f(std::integral_constant<int, 3>{}, y + (one ? 3 * width : kRows * row + width));
+  }
+}
+
+constexpr int64_t kRow = kPanel * 4, kAhead = 8192;
 
 // Some steps of a chunk, which fill tiles of this depth.
 template <class Dot>
@@ -142,14 +159,14 @@ void w8_steps(const W8Tile& t, const Block& own, int64_t start, int64_t tiles, i
   const Operand x{reinterpret_cast<const char*>(t.x + start * t.rows + own.top * depth), depth * 4, t.rows * depth * 4};
   const Operand w{reinterpret_cast<const char*>(t.weight) + start * kStep, kStep, depth * kStep};
   const auto walk = [&](auto one, int from, auto&& multiply) __attribute__((always_inline)) {
-    each_sum<one>(y + from * 4, [](auto tile, char* at) { load<tile>(at, kRow); });
+    each_sum<one>(y + from * 4, kRow, own.rows, [](auto tile, char* at) { load<tile>(at, kRow); });
     multiply(x, Operand{w.at + from * 4, w.row, w.next}, kChannels * 4, tiles, coming);
-    each_sum<one>(y + from * 4, [](auto tile, char* at) { store<tile>(at, kRow); });
+    each_sum<one>(y + from * 4, kRow, own.rows, [](auto tile, char* at) { store<tile>(at, kRow); });
   };
   if (own.rows <= kRows) {
-    walk(std::true_type{}, 0, multiply_one<Dot>);
+    walk(std::true_type{}, 0, multiply_one<Dot, Coming>);
   } else {
-    for (int from = 0; from < kPanel; from += 2 * kChannels) walk(std::false_type{}, from, multiply_two<Dot>);
+    for (int from = 0; from < kPanel; from += 2 * kChannels) walk(std::false_type{}, from, multiply_two<Dot, Coming>);
   }
 }
 
@@ -164,8 +181,9 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
       for (int64_t i = 0; i < block[b].rows * kPanel; ++i) y[i] = t.first[block[b].top + i / kPanel];
     }
     const int64_t walks = block[b].rows <= kRows ? 1 : 2, lines = kStep * kTileSteps / 64, part = (lines + blocks * walks - 1) / (blocks * walks);
-    const int64_t all = t.count * kStep;
-    Coming coming{reinterpret_cast<const char*>(t.next) + all * b / blocks, part};
+    // A single block's weights are read once: the next ones are not far.
+    const char* next = blocks == 1 ? reinterpret_cast<const char*>(t.weight) + t.start * kStep + kAhead : reinterpret_cast<const char*>(t.next) + t.count * kStep * b / blocks;
+    Coming coming{next, part};
     if (whole) w8_steps<Dot>(t, block[b], t.start, whole, kTileSteps, shape, coming, reinterpret_cast<char*>(y));
     if (rest) w8_steps<Dot>(t, block[b], t.start + whole * kTileSteps, 1, static_cast<int>(rest), shape, coming, reinterpret_cast<char*>(y));
     if (t.start + t.count == t.steps && std::is_same_v<Dot, Integers>) {
@@ -174,95 +192,146 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
   }
 }
 
-// A group's weights as tiles: bfloat16 numbers 16 more than the nibbles, or bytes. 16 KB.
-struct alignas(64) Decoded : Group {
-  char tiles[128 * kPanel * 2];
-  char sums[kBlock * kRow];
-};
+// Beside the products with a group of so many steps of eight input channels and a `width` of output channels, 4-bit weights have the sums of the ones before scaled, and
+// the nibbles of the ones after taken out.
+template <class Dot, int steps, int width>
+struct Aside {
+  static constexpr bool pairs = std::is_same_v<Dot, Pairs16>;
+  static constexpr int vectors = width / V::width, rows_at_most = kBlock * kPanel / 2 / width;
+  static constexpr int numbers = pairs ? 4 : 2;  // of 32 bits, for eight input channels
+  static constexpr int length = steps * numbers, depth = static_cast<int>(tile_depth(length)), tiles = length / depth, of_tile = depth * 64;
 
-template <class Dot>
-SQPLUS_INLINE void decode(const W4Tile& t, int64_t g, int depth, Decoded& group) {
-  const uint32_t* w = t.weight + g * t.steps * kPanel;
-  if constexpr (std::is_same_v<Dot, Pairs16>) {
-    for (int64_t k = 0; k < t.steps; ++k, w += kPanel) {
-      char* to = group.tiles + (k / 4) * 4096 + (k % 4) * 256;
-      unroll<4>(SQPLUS_EACH(h) {
-        const V::Int packed = V::load_int(w + h * V::width);
-        unroll<4>(SQPLUS_EACH(j) {
-          const V::Int there = j == 0 ? _mm512_slli_epi32(packed, 3) : _mm512_srli_epi32(packed, 4 * j - 3);
-          const V::Int pair = _mm512_or_si512(_mm512_and_si512(there, _mm512_set1_epi32(0x00780078)), _mm512_set1_epi32(0x41804180));
-          V::store_int(reinterpret_cast<int32_t*>(to + h * 1024 + j * 64), pair);
-        });
-      });
-    }
-  } else {
-    const int64_t of_tile = depth * 64;
-    for (int64_t k = 0; k < t.steps; ++k, w += kPanel) {
-      char* to = group.tiles + (2 * k / depth) * 4 * of_tile + (2 * k % depth) * 64;
-      unroll<4>(SQPLUS_EACH(h) {
-        const V::Int packed = V::load_int(w + h * V::width);
-        V::store_int(reinterpret_cast<int32_t*>(to + h * of_tile), V::low_nibbles(packed));
-        V::store_int(reinterpret_cast<int32_t*>(to + h * of_tile + 64), V::high_nibbles(packed));
+  // Sums (rows, width) are added to y: (sums - zero point * the activations' sum) * scale.
+  const float *scale, *zero, *of_x;
+  const char* sums;
+  float* y;
+  int rows = 0;
+  // And nibbles become tiles: bfloat16 numbers, 16 more than they are, or bytes.
+  const uint32_t* nibbles;
+  char* to;
+  int taken = 0, take_each = steps;
+  Coming coming;
+
+  SQPLUS_INLINE void step(int64_t k) {
+    add(k);
+    take();
+    coming.step(k);
+  }
+
+  SQPLUS_INLINE void add(int64_t k) {
+    constexpr int each = (rows_at_most + tiles - 1) / tiles;
+    const int first = static_cast<int>(k) * each, end = std::min(first + each, rows);
+    if (first >= end) return;
+    V::Float scales[vectors], zeros[vectors];
+    unroll<vectors>(SQPLUS_EACH(h) { scales[h] = V::load(scale + h * V::width), zeros[h] = V::load(zero + h * V::width); });
+    for (int r = first; r < end; ++r) {
+      const auto all = V::broadcast(of_x[r]);
+      unroll<vectors>(SQPLUS_EACH(h) {
+        const int at = r * width + h * V::width;
+        V::store(y + at, V::fma(V::fnma(zeros[h], all, Dot::to_float(sums + at * 4)), scales[h], V::load(y + at)));
       });
     }
   }
+
+  SQPLUS_INLINE void take() {
+    const int end = std::min(taken + take_each, steps);
+    for (; taken < end; ++taken) {
+      const uint32_t* w = nibbles + taken * kPanel;
+      const uint32_t number = numbers * taken;
+      char* first = to + number / depth * vectors * of_tile + number % depth * 64;
+      unroll<vectors>(SQPLUS_EACH(h) {
+        const V::Int packed = V::load_int(w + h * V::width);
+        const auto put = [&](int number, V::Int made) __attribute__((always_inline)) { V::store_int(reinterpret_cast<int32_t*>(first + h * of_tile + number * 64), made); };
+        if constexpr (pairs) {
+          unroll<4>(SQPLUS_EACH(j) {
+            const V::Int there = j == 0 ? _mm512_slli_epi32(packed, 3) : _mm512_srli_epi32(packed, 4 * j - 3);
+            put(j, _mm512_or_si512(_mm512_and_si512(there, _mm512_set1_epi32(0x00780078)), _mm512_set1_epi32(0x41804180)));
+          });
+        } else {
+          put(0, V::low_nibbles(packed));
+          put(1, V::high_nibbles(packed));
+        }
+      });
+    }
+  }
+};
+
+// All that is used again lies in the first-level cache: a half of a group's weights and the one after it, the sums of a block, activations and results of two.
+template <class Dot, int steps, int width>
+void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
+  using Own = Aside<Dot, steps, width>;
+  constexpr int parts = kPanel / width;
+  struct {
+    alignas(64) char tiles[2][Own::tiles * Own::vectors * Own::of_tile];
+    alignas(64) char sums[kBlock * kPanel / 2 * 4];
+    Group groups[3];  // the one before, this one, and the next one
+  } room;
+  Tiles shape;
+  // Two blocks at a time go through all groups.
+  const int64_t groups = t.end - t.start, turns = (blocks + 1) / 2 * groups * parts, all_rows = block[blocks - 1].top + block[blocks - 1].rows - block->top;
+  const auto take = [&](int64_t turn) {
+    const int64_t g = t.start + turn / parts % groups;
+    if (turn % parts == 0) take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, &room.groups[turn / parts % 3]);
+    return t.weight + g * steps * kPanel + turn % parts * width;
+  };
+  Own aside;
+  aside.nibbles = take(0);
+  aside.to = room.tiles[0];
+  aside.take();
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const int64_t g = t.start + turn / parts % groups, first = turn / parts / groups * 2, end = std::min(first + 2, blocks), from = turn % parts * width;
+    const int ticks = static_cast<int>(end - first) * Own::tiles;
+    if (turn + 1 < turns) {
+      aside.nibbles = take(turn + 1);
+      aside.to = room.tiles[(turn + 1) % 2];
+      aside.taken = 0;
+      aside.take_each = (steps + ticks - 1) / ticks;
+    }
+    // A single block's weights are read once: the next ones are not far.
+    const char* soon = reinterpret_cast<const char*>(blocks == 1 ? t.weight + g * steps * kPanel : t.next + (g - t.start) * steps * kPanel);
+    aside.coming = {soon + (blocks == 1 ? kAhead : 0) + turn % parts * (steps * kStep / parts), first == 0 ? steps * kStep / 64 / parts / ticks : 0};
+    for (int64_t b = first; b < end; ++b) {
+      const Block& own = block[b];
+      shape.take(own.rows, Own::depth);
+      const Operand x{static_cast<const char*>(t.x) + (g * t.rows * Own::length + own.top * Own::depth) * 4, Own::depth * 4, t.rows * Own::depth * 4};
+      const Operand w{room.tiles[turn % 2], 64, Own::vectors * Own::of_tile};
+      unroll<4>(SQPLUS_EACH(tile) { zero<tile>(); });
+      if constexpr (parts == 1) {
+        multiply_one<Dot>(x, w, Own::of_tile, Own::tiles, aside);
+      } else if (own.rows > kRows) {
+        multiply_two<Dot>(x, w, Own::of_tile, Own::tiles, aside);
+      } else {
+        multiply_half<Dot>(x, w, Own::of_tile, Own::tiles, aside);
+      }
+      each_sum<parts == 1>(room.sums, width * 4, own.rows, [](auto tile, char* at) { store<tile>(at, width * 4); });
+      const Group& group = room.groups[turn / parts % 3];
+      aside.scale = group.scale + from;
+      aside.zero = group.zero + from;
+      aside.of_x = static_cast<const float*>(t.sums) + g * t.rows + own.top;
+      aside.sums = room.sums;
+      aside.y = t.y + from * all_rows + (own.top - block->top) * width;
+      aside.rows = own.rows;
+    }
+    aside.take_each = steps;
+    aside.take();
+  }
+  aside.coming.lines = 0;
+  for (int k = 0; k < Own::tiles; ++k) aside.step(k);
 }
 
-// y += (sums - zero point * the activations' sum) * scale, for so many rows and `count` output channels from `from` on.
-template <class Dot, int count>
-SQPLUS_INLINE void add_scaled(const Decoded& group, const float* of_x, int from, int rows, float* y) {
-  unroll<count / V::width>(SQPLUS_EACH(h) {
-    const int channel = from + h * V::width;
-    const auto scale = V::load(group.scale + channel), zero = V::load(group.zero + channel);
-    for (int r = 0; r < rows; ++r) {
-      float* place = y + r * kPanel + channel;
-      const auto sum = Dot::to_float(group.sums + r * kRow + channel * 4);
-      V::store(place, V::fma(V::fnma(zero, V::broadcast(of_x[r]), sum), scale, V::load(place)));
-    }
-  });
+template <class Dot, int width>
+void w4_width(int64_t blocks, const Block* block, const W4Tile& t) {
+  switch (t.steps) {
+    case 4: return w4_groups<Dot, 4, width>(blocks, block, t);
+    case 8: return w4_groups<Dot, 8, width>(blocks, block, t);
+    case 12: return w4_groups<Dot, 12, width>(blocks, block, t);
+    case 16: return w4_groups<Dot, 16, width>(blocks, block, t);
+  }
 }
 
 template <class Dot>
 void w4_tiles(int64_t blocks, const Block* block, const W4Tile& t) {
-  constexpr bool pairs = std::is_same_v<Dot, Pairs16>;
-  constexpr int none = pairs ? 8 + 16 : 8;
-  Tiles shape;
-  Decoded group;
-  const int64_t length = t.steps * (pairs ? 4 : 2);  // of a row's activations, 32-bit numbers
-  const int depth = length % kTileSteps ? 8 : kTileSteps;
-  const int64_t tiles = length / depth, of_tile = depth * 64;
-  for (int64_t first = 0; first < blocks; first += 2) {
-    const int64_t end = std::min(first + 2, blocks);
-    for (int64_t g = t.start; g < t.end; ++g) {
-      take_scales<V, none>(t, g, &group);
-      decode<Dot>(t, g, depth, group);
-      for (int64_t b = first; b < end; ++b) {
-        const Block& own = block[b];
-        shape.take(own.rows, depth);
-        float* y = t.y + (own.top - block->top) * kPanel;
-        const float* of_x = static_cast<const float*>(t.sums) + g * t.rows + own.top;
-        const char* next = reinterpret_cast<const char*>(t.weight + (g + 2) * t.steps * kPanel);
-        const int64_t lines = t.steps * kStep / 64;
-        const Operand x{static_cast<const char*>(t.x) + (g * t.rows + own.top) * length * 4, length * 4, depth * 4};
-        const Operand w{group.tiles, 64, 4 * of_tile};
-        if (own.rows <= kRows) {
-          Coming coming{next, lines / tiles};
-          unroll<4>(SQPLUS_EACH(tile) { zero<tile>(); });
-          multiply_one<Dot>(x, w, of_tile, tiles, coming);
-          each_sum<true>(group.sums, [](auto tile, char* at) { store<tile>(at, kRow); });
-          add_scaled<Dot, kPanel>(group, of_x, 0, own.rows, y);
-        } else {
-          Coming coming{next, lines / tiles / 2 / (blocks > 1 ? 2 : 1)};
-          for (int from = 0; from < kPanel; from += 2 * kChannels) {
-            unroll<4>(SQPLUS_EACH(tile) { zero<tile>(); });
-            multiply_two<Dot>(x, {w.at + from / kChannels * of_tile, w.row, w.next}, of_tile, tiles, coming);
-            each_sum<false>(group.sums + from * 4, [](auto tile, char* at) { store<tile>(at, kRow); });
-            add_scaled<Dot, 2 * kChannels>(group, of_x, from, own.rows, y);
-          }
-        }
-      }
-    }
-  }
+  t.width == kPanel ? w4_width<Dot, kPanel>(blocks, block, t) : w4_width<Dot, kPanel / 2>(blocks, block, t);
 }
 
 template <class Dot>

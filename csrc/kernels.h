@@ -39,8 +39,9 @@ struct Rest {
   int32_t at;  // of which step (W8), or which of a group's pairs (W4)
 };
 
-// Tiles of AMX have rows of so many fours or pairs, and are of so many rows.
+// Tiles of AMX hold so many fours or pairs of a row at most. Those of a group fill tiles of equal depth.
 constexpr int64_t kTileSteps = 16;
+constexpr int64_t tile_depth(int64_t of_group) { return of_group % kTileSteps ? 8 : kTileSteps; }
 
 // Where a panel's results are written in the end: so many bytes a row, each row `stride` bytes after the one before.
 struct Results {
@@ -75,7 +76,7 @@ struct Fixed {
 
 struct W4Tile {
   const void* x;             // (groups, rows, channels of the group): float32, pairs of bfloat16, or four int8 in kByteOrder; in fixed
-                             // point pairs of int16 for each piece, the high one first
+                             // point pairs of int16 for each piece, the high one first. For tiles (groups, tiles, rows, tile_depth)
   const void* sums;          // (groups, rows): the activations of each group added up, float32; in fixed point Fixed
   int pieces;                // 2, or 1 and
   const Rest* rest;          // (groups, rows, pairs of the group)
@@ -88,7 +89,8 @@ struct W4Tile {
   Type scale_type;
   const void* scale;         // (groups, 64)
   const int8_t* zero_point;  // (groups, 64), or null where all are 0
-  float* y;                  // (rows of these blocks, 64): what is added to
+  float* y;                  // (64 / width, rows of these blocks, width): what is added to
+  int64_t width;             // 64; with tiles and more than 16 rows 32
   Results results;           // of these blocks
 };
 
@@ -97,7 +99,7 @@ struct Kernels {
   int rows;     // the most rows of a block, where there are several
   int at_once;  // and where it is the only one: with sums for all of a panel's channels in registers, so that each weight is read once
   int panels;   // how many panels take turns, chunk by chunk, so that activations stay in the second-level cache
-  bool tiles;   // whether activations lie in parts of kTileSteps
+  bool tiles;   // whether activations of integers and bfloat16 numbers lie as tiles take them
 
   void (*w8)(int64_t blocks, const Block*, const W8Tile&);
   void (*bfloat16)(int64_t blocks, const Block*, const W8Tile&);

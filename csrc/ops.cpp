@@ -262,11 +262,14 @@ struct Panel {
   Results results(const Result& y) const { return {row(y, 0), y.n * size_of(y.type), channels * size_of(y.type)}; }
   // Where the results of its row r are.
   char* row(const Result& y, int64_t r) const { return y.data + ((top + r) * y.n + first) * size_of(y.type); }
-  // The sums (rows, 64), times a scale of each row and one of each output channel, plus its bias; all three for all rows and channels, or null.
-  void write(const Kernels& kernels, const float* sums, const float* row_scales, const float* scale, const float* bias, const Result& y) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      kernels.write(y.type, sums + r * kPanel, channels, row_scales ? row_scales[top + r] : 1.0f, scale ? scale + first : nullptr, bias ? bias + first : nullptr,
-                    row(y, r));
+  // The sums (64 / width, rows, width), times a scale of each row and one of each output channel, plus its bias; all three for all rows and channels, or null.
+  void write(const Kernels& kernels, const float* sums, int64_t width, const float* row_scales, const float* scale, const float* bias, const Result& y) const {
+    for (int64_t from = 0; from < channels; from += width) {
+      const int64_t at = first + from, count = std::min(width, channels - from);
+      for (int64_t r = 0; r < rows; ++r) {
+        kernels.write(y.type, sums + from * rows + r * width, count, row_scales ? row_scales[top + r] : 1.0f, scale ? scale + at : nullptr, bias ? bias + at : nullptr,
+                      row(y, r) + from * size_of(y.type));
+      }
     }
   }
 };
@@ -298,7 +301,7 @@ void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Til
       t.y = y;
       t.results = own.results(result);
       if (t.steps > 0) product(count, block, t);
-      if (end == t.steps) own.write(kernels, reinterpret_cast<const float*>(y), row_scales, scale, bias, result);
+      if (end == t.steps) own.write(kernels, reinterpret_cast<const float*>(y), kPanel, row_scales, scale, bias, result);
     });
   });
 }
@@ -406,7 +409,8 @@ struct Weight4 {
   // y = product of the prepared activations in `tile` with the weight, times a scale of each row if there are any, + bias.
   void multiply(const std::vector<Block>& blocks, decltype(Kernels::w4) product, const float* row_scales, const float* bias, const Tensor& y) const {
     const Result result(y, n);
-    const int most = blocks.size() == 1 || product == kernels.w4 ? 1 : kernels.panels;
+    const bool tiles = kernels.tiles && product != kernels.w4;
+    const int most = tiles && blocks.size() > 1 ? kernels.panels : 1;
     for_panels(panels, most, blocks, [&](int64_t first, int64_t turns, int64_t count, const Block* block) {
       const int64_t length = Panel(first, n, count, block).rows * kPanel, of_panel = kPanel * (k / 8);
       std::vector<float> sums(turns * length);  // zeros
@@ -418,10 +422,11 @@ struct Weight4 {
         t.scale = static_cast<const char*>(t.scale) + (first + panel) * groups * kPanel * size_of(t.scale_type);
         if (t.zero_point) t.zero_point += (first + panel) * groups * kPanel;
         t.start = start, t.end = end;
+        t.width = tiles && t.rows > kernels.at_once ? kPanel / 2 : kPanel;
         t.y = sums.data() + panel * length;
         t.results = own.results(result);
         product(count, block, t);
-        if (end == groups) own.write(kernels, t.y, row_scales, nullptr, bias, result);
+        if (end == groups) own.write(kernels, t.y, t.width, row_scales, nullptr, bias, result);
       });
     });
   }
@@ -445,6 +450,7 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   const int pieces = type == Type::kFloat ? 2 : 1;
   const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : most_rows(kernels, m));
   const int64_t of_group = pairs ? group_size / 2 : fixed ? group_size / 2 * pieces : group_size;  // 32-bit numbers
+  const int64_t depth = pairs && kernels.tiles ? tile_depth(of_group) : of_group;
   const auto prepared = room<int32_t>(m * groups * of_group);
   const auto sums = room<float>(fixed ? 0 : m * groups);
   const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
@@ -459,13 +465,12 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
       for (int64_t group = 0; group < groups; ++group) {
         const float* own = row.get() + group * group_size;
         const int64_t place = group * m + i;
-        int32_t* to = prepared.get() + place * of_group;
         if (fixed) {
-          kernels.fix(own, group_size, pieces, to, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
+          kernels.fix(own, group_size, pieces, prepared.get() + place * of_group, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
         } else {
           const char* own_numbers = numbers + group * of_group * 4;
           sums[place] = pairs ? kernels.sum_bfloat16(own_numbers, group_size) : kernels.sum(own, group_size);
-          std::memcpy(to, own_numbers, of_group * 4);
+          for (int64_t from = 0; from < of_group; from += depth) std::memcpy(prepared.get() + (group * of_group + from) * m + i * depth, own_numbers + from * 4, depth * 4);
         }
       }
     }
@@ -491,7 +496,8 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
-  const Integers integers = integers_of(kernels, x, k, k / 4, of_group, true, nullptr);
+  const int64_t depth = kernels.tiles ? tile_depth(of_group) : of_group;
+  const Integers integers = integers_of(kernels, x, k, k / 4, depth, true, nullptr);
   parallel_for(0, m * k / 8, 1 << 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int8_t from[8], to[8];
@@ -500,7 +506,8 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
       std::memcpy(integers.fours.get() + 2 * i, to, 8);
     }
   });
-  const std::vector<float> sums(integers.sums.begin(), integers.sums.end());
+  std::vector<float> sums(groups * m);
+  for (size_t i = 0; i < integers.sums.size(); ++i) sums[static_cast<int64_t>(i) / m * depth / of_group * m + i % m] += static_cast<float>(integers.sums[i]);
   weight.tile.x = integers.fours.get();
   weight.tile.sums = sums.data();
   weight.multiply(blocks, kernels.w4a8, integers.scales.data(), offset.get(), y);
