@@ -256,7 +256,8 @@ struct Aside {
   }
 };
 
-// All that is used again lies in the first-level cache: a half of a group's weights and the one after it, the sums of a block, activations and results of two.
+// What is used again lies in the first-level cache: a half of a group's weights and the half after it, and the sums of a block. Activations and results come from the
+// second-level cache.
 template <class Dot, int steps, int width>
 void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
   using Own = Aside<Dot, steps, width>;
@@ -267,10 +268,10 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
     Group groups[3];  // the one before, this one, and the next one
   } room;
   Tiles shape;
-  // Two blocks at a time go through all groups.
-  const int64_t groups = t.end - t.start, turns = (blocks + 1) / 2 * groups * parts, all_rows = block[blocks - 1].top + block[blocks - 1].rows - block->top;
+  const int64_t turns = (t.end - t.start) * parts, all_rows = block[blocks - 1].top + block[blocks - 1].rows - block->top;
+  const int ticks = static_cast<int>(blocks) * Own::tiles;
   const auto take = [&](int64_t turn) {
-    const int64_t g = t.start + turn / parts % groups;
+    const int64_t g = t.start + turn / parts;
     if (turn % parts == 0) take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, &room.groups[turn / parts % 3]);
     return t.weight + g * steps * kPanel + turn % parts * width;
   };
@@ -279,8 +280,7 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
   aside.to = room.tiles[0];
   aside.take();
   for (int64_t turn = 0; turn < turns; ++turn) {
-    const int64_t g = t.start + turn / parts % groups, first = turn / parts / groups * 2, end = std::min(first + 2, blocks), from = turn % parts * width;
-    const int ticks = static_cast<int>(end - first) * Own::tiles;
+    const int64_t g = t.start + turn / parts, from = turn % parts * width;
     if (turn + 1 < turns) {
       aside.nibbles = take(turn + 1);
       aside.to = room.tiles[(turn + 1) % 2];
@@ -289,8 +289,9 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
     }
     // A single block's weights are read once: the next ones are not far.
     const char* soon = reinterpret_cast<const char*>(blocks == 1 ? t.weight + g * steps * kPanel : t.next + (g - t.start) * steps * kPanel);
-    aside.coming = {soon + (blocks == 1 ? kAhead : 0) + turn % parts * (steps * kStep / parts), first == 0 ? steps * kStep / 64 / parts / ticks : 0};
-    for (int64_t b = first; b < end; ++b) {
+    constexpr int bytes = steps * kStep / parts;
+    aside.coming = {soon + (blocks == 1 ? kAhead : 0) + turn % parts * bytes, (bytes / 64 + ticks - 1) / ticks};
+    for (int64_t b = 0; b < blocks; ++b) {
       const Block& own = block[b];
       shape.take(own.rows, Own::depth);
       const Operand x{static_cast<const char*>(t.x) + (g * t.rows * Own::length + own.top * Own::depth) * 4, Own::depth * 4, t.rows * Own::depth * 4};

@@ -171,43 +171,71 @@ Tensor cpu_pack_bfloat16(const Tensor& given) {
   return packed;
 }
 
+// Rows whose numbers are laid out together, so that what is written lies side by side; and steps of four channels that are read together.
+constexpr int64_t kRowsAtOnce = 16, kPiece = 256;
+
+// Copies of `rows` rows of so many steps, which are side by side in `from`, those from step `start` of part p on become rows `top` and later of that part of (parts, m rows, steps
+// of the part).
+void lay_out(const int32_t* from, int64_t rows, int64_t steps, int64_t part, int64_t top, int64_t m, int32_t* to) {
+  for (int64_t start = 0; start < steps; start += part) {
+    const int64_t count = std::min(part, steps - start);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + start * m + (top + r) * count, from + r * steps + start, count * 4);
+  }
+}
+
 // Rows of x as integers.
 struct Integers {
   std::vector<float> scales;         // (rows)
   std::unique_ptr<int32_t[]> fours;  // (parts, rows, steps of the part): four channels each
-  std::vector<int32_t> sums;         // (parts, rows)
+  std::vector<int32_t> sums;         // (groups, rows)
 };
 
-// In parts of `part` steps of four channels. The scales are `given`, or by the largest absolute value of a row or of all.
-Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part, bool per_token, const float* given) {
-  const int64_t m = rows_of(x), parts = (steps + part - 1) / part;
-  Integers made{std::vector<float>(m), room<int32_t>(m * steps), std::vector<int32_t>(parts * m)};
+// In parts of `part` steps of four channels, and sums of groups of `group` of those. The scales are `given`, or by the largest absolute value of a row or of all.
+Integers integers_of(const Kernels& kernels, const Tensor& x, int64_t k, int64_t steps, int64_t part, int64_t group, bool per_token, const float* given) {
+  const int64_t m = rows_of(x), groups = (steps + group - 1) / group;
+  Integers made{std::vector<float>(m), room<int32_t>(m * steps), std::vector<int32_t>(groups * m)};
   const char* values = static_cast<const char*>(x.data_ptr());
   const Type type = type_of(x);
-  const auto read = [&](int64_t i, float* row) { kernels.read(type, values + i * k * size_of(type), k, row); };
+  // A row is read in pieces, which stay in the first-level cache as float32: of whole groups, or within one.
+  const int64_t piece = group < kPiece ? kPiece / group * group : kPiece;
+  const auto each_piece = [&](int64_t i, float* numbers, auto&& work) {
+    for (int64_t start = 0; start < steps; start += piece) {
+      const int64_t count = std::min(piece, steps - start) * 4, given = std::min(count, k - start * 4);
+      kernels.read(type, values + (i * k + start * 4) * size_of(type), given, numbers);
+      std::fill(numbers + given, numbers + count, 0.0f);
+      work(start, count);
+    }
+  };
+  const auto largest_of = [&](int64_t i, float* numbers) {
+    std::vector<float> each;
+    each_piece(i, numbers, [&](int64_t, int64_t count) { each.push_back(kernels.absolute_maximum(numbers, count)); });
+    return kernels.absolute_maximum(each.data(), each.size());
+  };
   const bool of_all = !per_token && !given;
   if (of_all) {
     parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      const auto row = room<float>(k);
-      for (int64_t i = begin; i < end; ++i) {
-        read(i, row.get());
-        made.scales[i] = kernels.absolute_maximum(row.get(), k);
-      }
+      const auto numbers = room<float>(piece * 4);
+      for (int64_t i = begin; i < end; ++i) made.scales[i] = largest_of(i, numbers.get());
     });
     std::fill(made.scales.begin(), made.scales.end(), kernels.absolute_maximum(made.scales.data(), m));
   }
-  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    const auto row = room<float>(steps * 4);
-    std::fill(row.get() + k, row.get() + steps * 4, 0.0f);
-    for (int64_t i = begin; i < end; ++i) {
-      read(i, row.get());
-      const float largest = of_all ? made.scales[i] : kernels.absolute_maximum(row.get(), k);
-      made.scales[i] = scale_of(largest, given);
-      for (int64_t start = 0; start < steps; start += part) {
-        const int64_t count = std::min(part, steps - start);
-        int32_t* to = made.fours.get() + start * m + i * count;
-        made.sums[start / part * m + i] = kernels.quantize(row.get() + start * 4, count * 4, largest, made.scales[i], reinterpret_cast<int8_t*>(to));
+  parallel_for(0, (m + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](int64_t begin, int64_t end) {
+    const auto numbers = room<float>(piece * 4);
+    const auto integers = room<int32_t>(std::min(m, kRowsAtOnce) * steps);
+    for (int64_t top = begin * kRowsAtOnce; top < std::min(m, end * kRowsAtOnce); top += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, m - top);
+      for (int64_t i = top; i < top + rows; ++i) {
+        const float largest = of_all ? made.scales[i] : largest_of(i, numbers.get());
+        made.scales[i] = scale_of(largest, given);
+        each_piece(i, numbers.get(), [&](int64_t start, int64_t count) {
+          int8_t* to = reinterpret_cast<int8_t*>(integers.get() + (i - top) * steps + start);
+          const int64_t each = std::min(group * 4, count);
+          for (int64_t from = 0; from < count; from += each) {
+            made.sums[(start + from / 4) / group * m + i] += kernels.quantize(numbers.get() + from, std::min(each, count - from), largest, made.scales[i], to + from);
+          }
+        });
       }
+      lay_out(integers.get(), rows, steps, part, top, m, made.fours.get());
     }
   });
   return made;
@@ -328,9 +356,9 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
   const int64_t chunk = chunk_of(kernels, m, steps), part = kernels.tiles ? kTileSteps : chunk;
-  Integers integers = integers_of(kernels, x, k, steps, part, per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr);
+  Integers integers = integers_of(kernels, x, k, steps, part, std::max<int64_t>(steps, 1), per_token, input_scale ? static_cast<const float*>(input_scale->data_ptr()) : nullptr);
   std::vector<int32_t> first(m);
-  for (size_t i = 0; i < integers.sums.size(); ++i) first[i % m] -= 128 * integers.sums[i];
+  for (size_t i = 0; i < integers.sums.size(); ++i) first[i] = -128 * integers.sums[i];
   const auto rest = room<Rest>(kernels.cut ? m * steps : 0);
   std::vector<int32_t> rests(kernels.cut ? m : 0);
   if (kernels.cut) {
@@ -365,14 +393,15 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
   const int64_t chunk = chunk_of(kernels, m, steps), part = kernels.tiles ? kTileSteps : chunk;
   const auto pairs = room<int32_t>(m * steps);
   const char* values = static_cast<const char*>(x.data_ptr());
-  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t start = 0; start < steps; start += part) {
-        const int64_t count = std::min(part, steps - start);
-        int32_t* to = pairs.get() + start * m + i * count;
-        to[count - 1] = 0;  // where K is odd
-        std::memcpy(to, values + (i * k + start * 2) * 2, std::min(count * 2, k - start * 2) * 2);
+  parallel_for(0, (m + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](int64_t begin, int64_t end) {
+    const auto rows = room<int32_t>(std::min(m, kRowsAtOnce) * steps);
+    for (int64_t top = begin * kRowsAtOnce; top < std::min(m, end * kRowsAtOnce); top += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, m - top);
+      for (int64_t i = 0; i < count && steps > 0; ++i) {
+        rows[(i + 1) * steps - 1] = 0;  // where K is odd
+        std::memcpy(rows.get() + i * steps, values + (top + i) * k * 2, k * 2);
       }
+      lay_out(rows.get(), count, steps, part, top, m, pairs.get());
     }
   });
   const std::vector<int32_t> first(m);
@@ -456,23 +485,28 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   const auto of_fixed = room<Fixed>(fixed ? m * groups : 0);
   const auto rest = room<Rest>(fixed && pieces == 1 ? m * k / 2 : 0);
   const char* values = static_cast<const char*>(x.data_ptr());
-  parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (m + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](int64_t begin, int64_t end) {
     const auto row = room<float>(k);
-    for (int64_t i = begin; i < end; ++i) {
-      const char* from = values + i * k * size_of(type);
-      if (!pairs) kernels.read(type, from, k, row.get());
-      const char* numbers = pairs ? from : reinterpret_cast<const char*>(row.get());
-      for (int64_t group = 0; group < groups; ++group) {
-        const float* own = row.get() + group * group_size;
-        const int64_t place = group * m + i;
-        if (fixed) {
-          kernels.fix(own, group_size, pieces, prepared.get() + place * of_group, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
-        } else {
-          const char* own_numbers = numbers + group * of_group * 4;
-          sums[place] = pairs ? kernels.sum_bfloat16(own_numbers, group_size) : kernels.sum(own, group_size);
-          for (int64_t from = 0; from < of_group; from += depth) std::memcpy(prepared.get() + (group * of_group + from) * m + i * depth, own_numbers + from * 4, depth * 4);
+    for (int64_t top = begin * kRowsAtOnce; top < std::min(m, end * kRowsAtOnce); top += kRowsAtOnce) {
+      const int64_t rows = std::min(kRowsAtOnce, m - top);
+      for (int64_t i = top; i < top + rows; ++i) {
+        const char* from = values + i * k * size_of(type);
+        if (!pairs) kernels.read(type, from, k, row.get());
+        for (int64_t group = 0; group < groups; ++group) {
+          const float* own = row.get() + group * group_size;
+          const int64_t place = group * m + i;
+          int32_t* to = prepared.get() + place * of_group;
+          if (fixed) {
+            kernels.fix(own, group_size, pieces, to, pieces == 1 ? rest.get() + place * (group_size / 2) : nullptr, of_fixed.get() + place);
+          } else if (pairs) {
+            sums[place] = kernels.sum_bfloat16(from + group * of_group * 4, group_size);
+          } else {
+            sums[place] = kernels.sum(own, group_size);
+            std::memcpy(to, own, of_group * 4);
+          }
         }
       }
+      if (pairs) lay_out(reinterpret_cast<const int32_t*>(values + top * k * 2), rows, k / 2, depth, top, m, prepared.get());
     }
   });
   weight.tile.x = prepared.get();
@@ -490,14 +524,14 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
   const Tensor x = torch::stable::contiguous(given);
   const Kernels& kernels = kernels_in_use();
   Weight4 weight(kernels, x, packed, scale, zero_point, n);
-  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, of_group = k / groups / 4;
+  const int64_t k = weight.k, m = rows_of(x), of_group = k / weight.groups / 4;
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
   const std::vector<Block> blocks = blocks_of(m, most_rows(kernels, m));
   const int64_t depth = kernels.tiles ? tile_depth(of_group) : of_group;
-  const Integers integers = integers_of(kernels, x, k, k / 4, depth, true, nullptr);
+  const Integers integers = integers_of(kernels, x, k, k / 4, depth, of_group, true, nullptr);
   parallel_for(0, m * k / 8, 1 << 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int8_t from[8], to[8];
@@ -506,8 +540,7 @@ Tensor cpu_w4a8(const Tensor& given, const Tensor& packed, const Tensor& scale, 
       std::memcpy(integers.fours.get() + 2 * i, to, 8);
     }
   });
-  std::vector<float> sums(groups * m);
-  for (size_t i = 0; i < integers.sums.size(); ++i) sums[static_cast<int64_t>(i) / m * depth / of_group * m + i % m] += static_cast<float>(integers.sums[i]);
+  const std::vector<float> sums(integers.sums.begin(), integers.sums.end());
   weight.tile.x = integers.fours.get();
   weight.tile.sums = sums.data();
   weight.multiply(blocks, kernels.w4a8, integers.scales.data(), offset.get(), y);

@@ -405,7 +405,7 @@ def test_the_environment_chooses_the_level_or_says_what_is_wrong(tmp_path: Path)
     done = run(select_one + "print(cpu.level())", SQPLUS_CPU="portable")
     assert done.stdout.split() == ["cpu", "cpu", "portable"], done.stderr
     done = run(select_one, SQPLUS_CPU="avx")
-    assert "SQPLUS_CPU=avx: choose one of portable, avx2, avx512, avx512_bf16. Did you mean 'avx2'?" in done.stderr
+    assert "SQPLUS_CPU=avx: choose one of portable, avx2, avx512, avx512_bf16, amx. Did you mean 'avx2'?" in done.stderr
     if len(cpu.LEVELS) > HIGHEST + 1:
         done = run(select_one, SQPLUS_CPU=cpu.LEVELS[-1])
         assert f"SQPLUS_CPU={cpu.LEVELS[-1]}: this processor has {cpu.LEVELS[HIGHEST]} at most." in done.stderr
