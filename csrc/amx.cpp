@@ -16,36 +16,52 @@ using V = Avx512;
 // A block's rows lie in two tiles; where there are more than one has room for, output channels in two of four at a time.
 constexpr int kRows = 16, kChannels = 16, kBlock = 2 * kRows;
 
+#if defined(SQPLUS_EMULATE)
+template <int tile>
+void load(const char* from, int64_t stride) { emulated::tile_load(tile, from, stride); }
+template <int tile>
+void store(char* to, int64_t stride) { emulated::tile_store(tile, to, stride); }
+template <int tile>
+void zero() { emulated::tile_zero(tile); }
+template <int sum, int x, int w>
+void dot4() { emulated::tile_dot4(sum, x, w); }
+template <int sum, int x, int w>
+void dot2() { emulated::tile_dot2(sum, x, w); }
+#else
+// As assembly: the compiler's own take no template's numbers, and let other stores pass loads.
 template <int tile>
 SQPLUS_INLINE void load(const char* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(tile) : "memory");
 }
 template <int tile>
-SQPLUS_INLINE void store(void* to, int64_t stride) {
+SQPLUS_INLINE void store(char* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(tile) : "memory");
 }
 template <int tile>
 SQPLUS_INLINE void zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
+template <int sum, int x, int w>
+SQPLUS_INLINE void dot4() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
+}
+template <int sum, int x, int w>
+SQPLUS_INLINE void dot2() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
+}
+#endif
 
 // Signed activations with unsigned weights, four at a time.
 struct Integers {
-  using Sum = int32_t;
   template <int sum, int x, int w>
-  static SQPLUS_INLINE void multiply() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
-  }
+  static SQPLUS_INLINE void multiply() { dot4<sum, x, w>(); }
   static SQPLUS_INLINE V::Float to_float(const void* sums) { return V::to_float(V::load_int(sums)); }
 };
 
 // bfloat16, two at a time. Odd and even numbers are summed apart within a tile, then added to each other and to the sum.
 struct Pairs16 {
-  using Sum = float;
   template <int sum, int x, int w>
-  static SQPLUS_INLINE void multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
-  }
+  static SQPLUS_INLINE void multiply() { dot2<sum, x, w>(); }
   static SQPLUS_INLINE V::Float to_float(const void* sums) { return V::load(static_cast<const float*>(sums)); }
 };
 
@@ -54,23 +70,31 @@ struct Pairs16 {
 class Tiles {
  public:
   ~Tiles() {
-    if (rows_) asm volatile("tilerelease");
+#if !defined(SQPLUS_EMULATE)
+    if (rows_) asm volatile("tilerelease");  // or the system would save 8 KB more of this thread whenever it gives way
+#endif
   }
   void take(int rows, int depth) {
     if (rows == rows_ && depth == depth_) return;
     rows_ = rows, depth_ = depth;
+    const bool one = rows <= kRows;
+#if defined(SQPLUS_EMULATE)
+    const auto set = emulated::tile_shape;
+#else
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
-    const bool one = rows <= kRows;
     const auto set = [&](int tile, int rows, int bytes) { shape.rows[tile] = static_cast<uint8_t>(rows), shape.bytes[tile] = static_cast<uint16_t>(bytes); };
+#endif
     for (int tile = 0; tile < 4; ++tile) set(tile, one ? rows : tile < 2 ? kRows : rows - kRows, 64);
     set(4, one ? rows : kRows, depth * 4);
     one ? set(5, depth, 64) : set(5, rows - kRows, depth * 4);
     set(6, depth, 64), set(7, depth, 64);
+#if !defined(SQPLUS_EMULATE)
     asm volatile("ldtilecfg %0" : : "m"(shape));
+#endif
   }
 
  private:
@@ -354,6 +378,9 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 bool amx_allowed() {
+#if defined(SQPLUS_EMULATE)
+  return true;
+#endif
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux gives each process tiles on request
   const bool here = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16");
   return here && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

@@ -57,7 +57,7 @@ struct Cache {
 void cpu_cache_append(const Tensor& cached_keys, const Tensor& cached_values, const Tensor& scales, const Tensor& given_keys, const Tensor& given_values, int64_t at) {
   STD_TORCH_CHECK(given_keys.dim() == 4 && given_values.dim() == 4, "keys and values have four dimensions");
   const Tensor keys = torch::stable::contiguous(given_keys), values = torch::stable::contiguous(given_values);
-  const Kernels& kernels = kernels_in_use();
+  const Kernels& kernels = vectors_in_use();
   const int64_t heads = keys.size(1), tokens = keys.size(2), of_key = keys.size(3), of_value = values.size(3), all = keys.size(0) * heads;
   const Cache cache(cached_keys, cached_values, scales, keys.size(0), of_key, of_value, at + tokens);
   STD_TORCH_CHECK(at >= 0 && cache.heads == heads && values.size(0) == keys.size(0) && values.size(1) == heads && values.size(2) == tokens, "keys and values do not fit");
@@ -125,14 +125,8 @@ struct Integers {
   void set(int64_t row, const float* numbers) {
     const float largest = kernels.absolute_maximum(numbers, steps * 4);
     scales[row] = scale_for(largest);
-    const int64_t part = kernels.tiles ? kTileSteps : steps;
-    first[row] = 0;
-    int32_t* to;
-    for (int64_t start = 0; start < steps; start += part) {
-      const int64_t count = std::min(part, steps - start);
-      to = fours.get() + start * rows + row * count;
-      first[row] -= 128 * kernels.quantize(numbers + start * 4, count * 4, largest, scales[row], reinterpret_cast<int8_t*>(to));
-    }
+    int32_t* to = fours.get() + row * steps;
+    first[row] = -128 * kernels.quantize(numbers, steps * 4, largest, scales[row], reinterpret_cast<int8_t*>(to));
     if (kernels.cut) rests[row] = kernels.cut(0, steps, to, rest.get() + row * steps);
   }
 
@@ -348,7 +342,7 @@ Tensor cpu_attention(const Tensor& given, const Tensor& keys, const Tensor& valu
   }
   Tensor y = torch::stable::new_empty(query, {batch, tokens, heads, channels});
   if (batch * heads * tokens * channels == 0) return y;
-  const Attention attention{kernels_in_use(), cache, query, heads, heads / cache.heads, tokens, channels, length, static_cast<float>(scaling), static_cast<float>(softcap),
+  const Attention attention{vectors_in_use(), cache, query, heads, heads / cache.heads, tokens, channels, length, static_cast<float>(scaling), static_cast<float>(softcap),
                             causal, seen};
   attention.run(y);
   return y;

@@ -1,4 +1,4 @@
-// The intrinsics of AVX-512 that the kernels use, as loops over GCC's vectors: for testing on machines without it (`make emulate`), never for use.
+// The intrinsics of AVX-512 and the instructions of AMX that the kernels use, as loops: for testing on machines without them (`make emulate`), never for use.
 #pragma once
 
 #include <immintrin.h>
@@ -111,6 +111,55 @@ inline Floats dpbf16_ps(Floats sum, Longs x, Longs w) {
   return each<Floats>([&](int i) {
     const float odd = from_bfloat16(a[2 * i + 1]) * from_bfloat16(b[2 * i + 1]);
     return sum[i] + (odd + from_bfloat16(a[2 * i]) * from_bfloat16(b[2 * i]));
+  });
+}
+
+// AMX's tiles. Rows and bytes of each are what they are configured for.
+struct Tile {
+  int rows, bytes;
+  char data[16][64];
+};
+inline thread_local Tile tiles[8];
+
+inline void tile_shape(int tile, int rows, int bytes) { tiles[tile] = {rows, bytes, {}}; }
+inline void tile_zero(int tile) { tile_shape(tile, tiles[tile].rows, tiles[tile].bytes); }
+inline void tile_load(int tile, const char* from, int64_t stride) {
+  for (int row = 0; row < tiles[tile].rows; ++row) std::memcpy(tiles[tile].data[row], from + row * stride, tiles[tile].bytes);
+}
+inline void tile_store(int tile, char* to, int64_t stride) {
+  for (int row = 0; row < tiles[tile].rows; ++row) std::memcpy(to + row * stride, tiles[tile].data[row], tiles[tile].bytes);
+}
+// sum[m][n] becomes f(sum[m][n], rows of x and of w that are multiplied, n).
+template <class T, class F>
+inline void tile_each(int sum, F&& f) {
+  for (int m = 0; m < tiles[sum].rows; ++m) {
+    for (int n = 0; n < tiles[sum].bytes / 4; ++n) {
+      T value;
+      std::memcpy(&value, tiles[sum].data[m] + n * 4, 4);
+      value = f(value, m, n);
+      std::memcpy(tiles[sum].data[m] + n * 4, &value, 4);
+    }
+  }
+}
+inline void tile_dot4(int sum, int x, int w) {
+  tile_each<int32_t>(sum, [&](int32_t value, int m, int n) {
+    for (int k = 0; k < tiles[x].bytes; ++k) value += static_cast<int8_t>(tiles[x].data[m][k]) * static_cast<uint8_t>(tiles[w].data[k / 4][n * 4 + k % 4]);
+    return value;
+  });
+}
+inline void tile_dot2(int sum, int x, int w) {
+  const auto number = [](const char* at) {
+    uint16_t bits;
+    std::memcpy(&bits, at, 2);
+    return from_bfloat16(bits);
+  };
+  tile_each<float>(sum, [&](float value, int m, int n) {
+    float even = 0, odd = 0;
+    for (int k = 0; k < tiles[x].bytes / 4; ++k) {
+      even = std::fma(number(tiles[x].data[m] + k * 4), number(tiles[w].data[k] + n * 4), even);
+      odd = std::fma(number(tiles[x].data[m] + k * 4 + 2), number(tiles[w].data[k] + n * 4 + 2), odd);
+    }
+    return value + (even + odd);
   });
 }
 

@@ -25,7 +25,8 @@ constexpr int64_t kStep = kPanel * 4;
 
 // W8 and bfloat16 panels are gone through in chunks that stay in the second-level cache while all blocks of rows use them, and the next one is fetched.
 constexpr int64_t kChunk = 256;  // steps: 64 KB
-constexpr int64_t kGroups = 8;   // and W4 panels, where several are multiplied in turn, so many groups at a time
+// Where panels take turns, sums are kept in memory between chunks: these are longer. W4 panels have chunks of groups.
+constexpr int64_t kTilesChunk = 512, kGroups = 8;
 
 // Some rows that are multiplied together, of which the first is row `top`.
 struct Block {

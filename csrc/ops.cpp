@@ -58,6 +58,7 @@ const Kernels* chosen = &kLevels.back();
 }  // namespace
 
 const Kernels& kernels_in_use() { return *chosen; }
+const Kernels& vectors_in_use() { return chosen->tiles ? *(chosen - 1) : *chosen; }
 
 namespace {
 
@@ -335,7 +336,9 @@ void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Til
 }
 
 // How many steps of a panel are multiplied with m rows before the next ones are: all of them where one block of rows is all.
-int64_t chunk_of(const Kernels& kernels, int64_t m, int64_t steps) { return m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kChunk; }
+int64_t chunk_of(const Kernels& kernels, int64_t m, int64_t steps) {
+  return m <= kernels.at_once ? std::max<int64_t>(steps, 1) : kernels.tiles ? kTilesChunk : kChunk;
+}
 
 // x (..., K) in float -> (..., N): y = (int(x) @ weight.T) * input scale * weight_scale + bias. `weight_scale` float32 (N,), `input_scale` float32
 // (1,) when it is static, `bias` (N,) in float.

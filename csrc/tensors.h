@@ -17,8 +17,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-// Of the level that was chosen.
+// Of the level that was chosen; and, where that has tiles, of the one below, for products so small that setting tiles up would take as long.
 const Kernels& kernels_in_use();
+const Kernels& vectors_in_use();
 
 inline Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {

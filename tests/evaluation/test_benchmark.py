@@ -162,6 +162,12 @@ def test_copies_of_a_weight_take_turns(quick: None, monkeypatch: pytest.MonkeyPa
     assert {row.microseconds for row in found.rows} == {1.0}
 
 
+def test_copies_that_do_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_linear, "copies_for", lambda nbytes, device: 10**12)
+    with pytest.raises(InputError, match="--shape 64x128: .* GB are free: choose one --scheme, or a smaller --shape"):
+        bench_linear("w4a16", ["64x128"], "5")
+
+
 def test_calls_in_turn() -> None:
     """On a CPU: each once before, and the mean of one round; as many copies as no cache holds together."""
     order: list[str] = []

@@ -368,7 +368,7 @@ class TestBfloat16:
 
 
 def test_where_bfloat16_weights_are_multiplied_here(level: str) -> None:
-    assert cpu.multiplies_bfloat16() == (level != "portable" and not torch.cpu._is_amx_tile_supported())
+    assert cpu.multiplies_bfloat16() == (level == "amx" or level != "portable" and not torch.cpu._is_amx_tile_supported())
 
 
 def test_measures_of_the_machine(level: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -127,6 +128,8 @@ def bench_linear(
     batches = read_numbers("--tokens", tokens or TOKENS[place.type])
     counts = read_numbers("--threads", numbers_of_threads or str(torch.get_num_threads()))
     candidates, left_out = find_candidates(schemes, place, counts)
+    if place.type == "cpu":
+        check_memory(candidates, schemes, sizes)
     limits: list[Limits] = []  # of each batch and number of threads
     # One of those, and: candidate, (m, n, k), seconds, bf16's, bytes of the weight.
     timed: list[tuple[Limits, tuple[Candidate, tuple[int, int, int], float, float, int]]] = []
@@ -135,15 +138,8 @@ def bench_linear(
             limits_now = limits_of(place)
             weights = random_weights(n, k, schemes, place)
             nbytes = {"bf16": weights.floats.nbytes, **{name: stored_bytes(weight) for name, weight in weights.quantized.items()}}
-            copies = [weights, *(weights.copy() for _ in range(copies_for(min(nbytes.values()), place) - 1))]
-            products: dict[Candidate, list[Product]] = {}
-            for candidate in candidates:
-                try:
-                    number = copies_for(nbytes[candidate.scheme], place)
-                    with threads(candidate.threads):
-                        products[candidate] = [candidate.build(copy) for copy in copies[:number]]
-                except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
-                    left_out.append(LeftOut(candidate.scheme, candidate.name, reason_of(error), n=n, k=k))
+            products, failed = build_products(candidates, weights, nbytes, place)
+            left_out += [LeftOut(one.scheme, one.name, reason, n=n, k=k) for one, reason in failed.items()]
             for m in batches:
                 seconds, failed, batch_limits = time_products(products, torch.randn(m, k, device=place).bfloat16(), limits_now)
                 left_out += [LeftOut(one.scheme, one.name, reason, m, n, k) for one, reason in failed.items()]
@@ -154,7 +150,7 @@ def bench_linear(
                 ]
                 limits += batch_limits.values()
                 progress.step(f"{n}x{k}, {m} tokens")
-            del weights, copies, products  # before the next shape's
+            del weights, products  # before the next shape's
         inputs = [(m, k) for k in dict.fromkeys(k for _, k in sizes) for m in batches]
         try:
             fused = list(bench_fused(inputs, place)) if place.type == "cuda" and "w8a8" in (one.name for one in schemes) else []
@@ -165,6 +161,39 @@ def bench_linear(
     rows = [as_row(best if place.type == "cuda" else meanwhile, *measured) for meanwhile, measured in timed]
     left_out = list(dict.fromkeys(left_out))  # once for all numbers of threads
     return LinearBenchmark(describe(max(counts), place), best, rows, left_out, [benchmark_fused.as_row(best, one) for one in fused])
+
+
+def check_memory(candidates: Sequence[Candidate], schemes: Sequence[Scheme], sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise InputError where the copies of a weight that all candidates need together would not fit in this machine's free memory."""
+    bits = {"bf16": 16, **{scheme.name: scheme.weights.bits for scheme in schemes}}
+    free = psutil.virtual_memory().available
+    for n, k in sizes:
+        each = {name: n * k * number // 8 for name, number in bits.items()}
+        needed = sum(copies_for(each[one.scheme], torch.device("cpu")) * each[one.scheme] for one in candidates)
+        if needed > 0.8 * free:
+            raise InputError(
+                f"--shape {n}x{k}: what is timed needs so many copies of the weight, which no cache may hold together, that they take "
+                f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: choose one --scheme, or a smaller --shape."
+            )
+
+
+def build_products(
+    candidates: Sequence[Candidate], weights: Weights, nbytes: dict[str, int], device: torch.device
+) -> tuple[dict[Candidate, list[Product]], dict[Candidate, str]]:
+    """A product for each copy of the weight that a candidate needs, and why there is none. A copy that no candidate keeps is freed at once."""
+    products: dict[Candidate, list[Product]] = {candidate: [] for candidate in candidates}
+    failed: dict[Candidate, str] = {}
+    wanted = {candidate: copies_for(nbytes[candidate.scheme], device) for candidate in candidates}
+    for number in range(max(wanted.values())):
+        copy = weights if number == 0 else weights.copy()
+        for candidate in [one for one in products if number < wanted[one]]:
+            try:
+                with threads(candidate.threads):
+                    products[candidate].append(candidate.build(copy))
+            except Exception as error:  # noqa: BLE001 (whatever a library raises; it is shown)
+                del products[candidate]
+                failed[candidate] = reason_of(error)
+    return products, failed
 
 
 def as_row(limits: Limits, candidate: Candidate, size: tuple[int, int, int], seconds: float, bf16: float, nbytes: int) -> Row:
@@ -253,7 +282,7 @@ def backend_of(name: str, scheme: Scheme) -> Callable[[Weights], Product]:
 def bfloat16_product(weights: Weights) -> Product:
     """Our own product with a weight that stays in bfloat16, as a head does. Raises InputError where a model would use torch's."""
     if not cpu.multiplies_bfloat16():
-        raise InputError("it needs AVX2, and is not used where there is AMX")
+        raise InputError("it needs AVX2, and where there is AMX the level that has it")
     packed = cpu.prepare_bfloat16(weights.floats)
     return lambda x: lambda: cpu.linear_bfloat16(x, packed, None, len(weights.floats))
 

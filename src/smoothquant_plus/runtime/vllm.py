@@ -217,9 +217,14 @@ class OnOurKernels(CompressedTensorsConfig):
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
                 log.info("the experts %s are left to vLLM: %s", prefix, reason)
         method = super().get_quant_method(layer, prefix)
-        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and cpu.multiplies_bfloat16():
+        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and multiplies_heads():
             return Head()
         return method
+
+
+def multiplies_heads() -> bool:
+    """Whether our product with a bfloat16 head is faster than the repacked one that vLLM takes: not with AMX, where that is, for many tokens."""
+    return cpu.multiplies_bfloat16() and not torch.cpu._is_amx_tile_supported()
 
 
 class Head(UnquantizedEmbeddingMethod):

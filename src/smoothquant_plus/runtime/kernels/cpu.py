@@ -117,8 +117,8 @@ def linear(x: Tensor, prepared: tuple[Tensor, ...], scheme: Scheme, input_scale:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether `linear_bfloat16` runs here, and nothing of PyTorch's is faster: its products use AMX where there is any."""
-    return missing() is None and level() != "portable" and not torch.cpu._is_amx_tile_supported()
+    """Whether `linear_bfloat16` runs here, and PyTorch's product is not faster, which uses AMX where there is any."""
+    return missing() is None and level() != "portable" and (level() == "amx" or not torch.cpu._is_amx_tile_supported())
 
 
 def prepare_bfloat16(weight: Tensor) -> Tensor:
