@@ -58,6 +58,9 @@ struct Integers {
   static SQPLUS_INLINE V::Float to_float(const void* sums) { return V::to_float(V::load_int(sums)); }
 };
 
+// The same, of a token's activations in fixed point: three rows, a piece each. The sums of pieces are put together in integers.
+struct Pieces : Integers {};
+
 // bfloat16, two at a time. Odd and even numbers are summed apart within a tile, then added to each other and to the sum.
 struct Pairs16 {
   template <int sum, int x, int w>
@@ -218,15 +221,21 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
 
 // Beside the products with a group of so many steps of eight input channels and a `width` of output channels, 4-bit weights have the sums of the ones before scaled, and
 // the nibbles of the ones after taken out.
+struct Scales : Group {
+  alignas(64) int32_t zeros[kPanel];
+};
+
 template <class Dot, int steps, int width>
 struct Aside {
-  static constexpr bool pairs = std::is_same_v<Dot, Pairs16>;
+  static constexpr bool pairs = std::is_same_v<Dot, Pairs16>, pieces = std::is_same_v<Dot, Pieces>;
   static constexpr int vectors = width / V::width, rows_at_most = kBlock * kPanel / 2 / width;
   static constexpr int numbers = pairs ? 4 : 2;  // of 32 bits, for eight input channels
   static constexpr int length = steps * numbers, depth = static_cast<int>(tile_depth(length)), tiles = length / depth, of_tile = depth * 64;
 
   // Sums (rows, width) are added to y: (sums - zero point * the activations' sum) * scale.
-  const float *scale, *zero, *of_x;
+  const Scales* group;
+  int from;
+  const void* of_x;  // float, or Fixed
   const char* sums;
   float* y;
   int rows = 0;
@@ -247,13 +256,28 @@ struct Aside {
     const int first = static_cast<int>(k) * each, end = std::min(first + each, rows);
     if (first >= end) return;
     V::Float scales[vectors], zeros[vectors];
-    unroll<vectors>(SQPLUS_EACH(h) { scales[h] = V::load(scale + h * V::width), zeros[h] = V::load(zero + h * V::width); });
+    unroll<vectors>(SQPLUS_EACH(h) { scales[h] = V::load(group->scale + from + h * V::width), zeros[h] = V::load(group->zero + from + h * V::width); });
     for (int r = first; r < end; ++r) {
-      const auto all = V::broadcast(of_x[r]);
-      unroll<vectors>(SQPLUS_EACH(h) {
-        const int at = r * width + h * V::width;
-        V::store(y + at, V::fma(V::fnma(zeros[h], all, Dot::to_float(sums + at * 4)), scales[h], V::load(y + at)));
-      });
+      if constexpr (pieces) {
+        const Fixed& x = static_cast<const Fixed*>(of_x)[r];
+        unroll<vectors>(SQPLUS_EACH(h) {
+          const auto sum = [&](int piece) { return V::load_int(sums + ((3 * r + piece) * width + h * V::width) * 4); };
+          const auto high = V::add_int(_mm512_slli_epi32(sum(0), 8), sum(1)), zero = V::load_int(group->zeros + h * V::width);
+          float* place = y + r * width + h * V::width;
+          const auto add = [&](V::Int sum, int32_t all, float unit) {
+            const auto total = V::multiply(V::to_float(V::subtract(sum, V::multiply_int(zero, V::broadcast_int(all)))), V::broadcast(unit));
+            V::store(place, V::fma(total, scales[h], V::load(place)));
+          };
+          add(high, x.high, x.high_unit);
+          add(sum(2), x.low, x.low_unit);
+        });
+      } else {
+        const auto all = V::broadcast(static_cast<const float*>(of_x)[r]);
+        unroll<vectors>(SQPLUS_EACH(h) {
+          const int at = r * width + h * V::width;
+          V::store(y + at, V::fma(V::fnma(zeros[h], all, Dot::to_float(sums + at * 4)), scales[h], V::load(y + at)));
+        });
+      }
     }
   }
 
@@ -289,14 +313,18 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
   struct {
     alignas(64) char tiles[2][Own::tiles * Own::vectors * Own::of_tile];
     alignas(64) char sums[kBlock * kPanel / 2 * 4];
-    Group groups[3];  // the one before, this one, and the next one
+    Scales groups[3];  // the one before, this one, and the next one
   } room;
   Tiles shape;
   const int64_t turns = (t.end - t.start) * parts, all_rows = block[blocks - 1].top + block[blocks - 1].rows - block->top;
   const int ticks = static_cast<int>(blocks) * Own::tiles;
   const auto take = [&](int64_t turn) {
     const int64_t g = t.start + turn / parts;
-    if (turn % parts == 0) take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, &room.groups[turn / parts % 3]);
+    if (turn % parts == 0) {
+      Scales& group = room.groups[turn / parts % 3];
+      take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, &group);
+      for (int channel = 0; Own::pieces && channel < kPanel; ++channel) group.zeros[channel] = static_cast<int32_t>(group.zero[channel]);
+    }
     return t.weight + g * steps * kPanel + turn % parts * width;
   };
   Own aside;
@@ -317,8 +345,9 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
     aside.coming = {soon + (blocks == 1 ? kAhead : 0) + turn % parts * bytes, (bytes / 64 + ticks - 1) / ticks};
     for (int64_t b = 0; b < blocks; ++b) {
       const Block& own = block[b];
-      shape.take(own.rows, Own::depth);
-      const Operand x{static_cast<const char*>(t.x) + (g * t.rows * Own::length + own.top * Own::depth) * 4, Own::depth * 4, t.rows * Own::depth * 4};
+      constexpr int each = Own::pieces ? 3 : 1;  // rows of a token
+      shape.take(own.rows * each, Own::depth);
+      const Operand x{static_cast<const char*>(t.x) + (g * t.rows * Own::length + own.top * Own::depth) * each * 4, Own::depth * 4, t.rows * each * Own::depth * 4};
       const Operand w{room.tiles[turn % 2], 64, Own::vectors * Own::of_tile};
       unroll<4>(SQPLUS_EACH(tile) { zero<tile>(); });
       if constexpr (parts == 1) {
@@ -328,11 +357,10 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
       } else {
         multiply_half<Dot>(x, w, Own::of_tile, Own::tiles, aside);
       }
-      each_sum<parts == 1>(room.sums, width * 4, own.rows, [](auto tile, char* at) { store<tile>(at, width * 4); });
-      const Group& group = room.groups[turn / parts % 3];
-      aside.scale = group.scale + from;
-      aside.zero = group.zero + from;
-      aside.of_x = static_cast<const float*>(t.sums) + g * t.rows + own.top;
+      each_sum<parts == 1>(room.sums, width * 4, own.rows * each, [](auto tile, char* at) { store<tile>(at, width * 4); });
+      aside.group = &room.groups[turn / parts % 3];
+      aside.from = from;
+      aside.of_x = static_cast<const char*>(t.sums) + (g * t.rows + own.top) * (Own::pieces ? sizeof(Fixed) : sizeof(float));
       aside.sums = room.sums;
       aside.y = t.y + from * all_rows + (own.top - block->top) * width;
       aside.rows = own.rows;
@@ -396,6 +424,7 @@ Kernels with_amx(Kernels kernels) {
   kernels.bfloat16 = w8_tiles<Pairs16>;
   kernels.w4_bfloat16 = w4_tiles<Pairs16>;
   kernels.w4a8 = w4_tiles<Integers>;
+  kernels.w4_few = w4_width<Pieces, kPanel>;
   kernels.peak_int8 = peak<Integers>;
   kernels.peak_bfloat16 = peak<Pairs16>;
   return kernels;

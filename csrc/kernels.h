@@ -69,6 +69,8 @@ struct W8Tile {
 // multiplied, and pairs of low ones where one is not zero apart.
 constexpr int fixed_rows(int pieces) { return pieces == 1 ? 6 : 3; }  // the most rows of a block of these
 
+constexpr int64_t kFewTokens = 5;  // three pieces each, in a tile of 16 rows
+
 struct Fixed {
   int32_t high, low;          // sums over the channels of the group
   int32_t rests;              // how many pairs of low pieces are multiplied apart
@@ -107,6 +109,7 @@ struct Kernels {
   void (*w4)(int64_t blocks, const Block*, const W4Tile&);  // x float32, or in fixed point where there is fix
   void (*w4_bfloat16)(int64_t blocks, const Block*, const W4Tile&);  // null where there is no such product
   void (*w4a8)(int64_t blocks, const Block*, const W4Tile&);  // x int8
+  void (*w4_few)(int64_t blocks, const Block*, const W4Tile&);  // of kFewTokens at most, with what w4 in fixed point gives: x as three int8 pieces. Null, as above
 
   void (*read)(Type, const void* x, int64_t count, float* to);
   float (*absolute_maximum)(const float* x, int64_t count);  // NaN where there is one

@@ -464,6 +464,34 @@ struct Weight4 {
   }
 };
 
+// y = x, of a few tokens, with the weight: each number in three pieces of 8 bits, which are rows of their own: (groups, tiles, tokens, 3, tile_depth).
+void few_tokens(Weight4& weight, const Tensor& x, const float* bias, const Tensor& y) {
+  const Kernels& kernels = weight.kernels;
+  const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, group_size = k / groups, depth = tile_depth(group_size / 4) * 4;
+  const auto pieces = room<int8_t>(3 * m * k);
+  const auto sums = room<Fixed>(m * groups);
+  const Type type = type_of(x);
+  const auto row = room<float>(k);
+  for (int64_t i = 0; i < m; ++i) {
+    kernels.read(type, static_cast<const char*>(x.data_ptr()) + i * k * size_of(type), k, row.get());
+    for (int64_t g = 0; g < groups; ++g) {
+      int16_t numbers[2 * 128];  // of two channels the high pieces, then the low ones
+      kernels.fix(row.get() + g * group_size, group_size, 2, reinterpret_cast<int32_t*>(numbers), nullptr, &sums[g * m + i]);
+      for (int64_t at = 0; at < group_size; ++at) {
+        const int64_t channel = at / 8 * 8 + kByteOrder[at % 8], number = channel / 2 * 4 + channel % 2;
+        const int8_t middle = static_cast<int8_t>(numbers[number]);
+        int8_t* to = pieces.get() + ((g * group_size + at / depth * depth) * m + i * depth) * 3 + at % depth;
+        to[0] = static_cast<int8_t>((numbers[number] - middle) >> 8);
+        to[depth] = middle;
+        to[2 * depth] = static_cast<int8_t>(numbers[number + 2]);
+      }
+    }
+  }
+  weight.tile.x = pieces.get();
+  weight.tile.sums = sums.get();
+  weight.multiply({{0, static_cast<int>(m)}}, kernels.w4_few, nullptr, bias, y);
+}
+
 // x (..., K) in float -> (..., N): y = x @ ((nibble - 8 - zero_point) * scale).T + bias. `scale` in any float dtype and `zero_point` int8 are
 // (panels, groups, 64), `bias` (N,) in float.
 Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point,
@@ -478,6 +506,10 @@ Tensor cpu_w4a16(const Tensor& given, const Tensor& packed, const Tensor& scale,
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;
 
+  if (kernels.w4_few && m <= kFewTokens) {
+    few_tokens(weight, x, offset.get(), y);
+    return y;
+  }
   const bool pairs = type == Type::kBFloat16 && kernels.w4_bfloat16, fixed = kernels.fix && !pairs;
   const int pieces = type == Type::kFloat ? 2 : 1;
   const std::vector<Block> blocks = blocks_of(m, fixed ? fixed_rows(pieces) : most_rows(kernels, m));

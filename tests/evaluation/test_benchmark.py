@@ -164,7 +164,7 @@ def test_copies_of_a_weight_take_turns(quick: None, monkeypatch: pytest.MonkeyPa
 
 def test_copies_that_do_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_linear, "copies_for", lambda nbytes, device: 10**12)
-    with pytest.raises(InputError, match="--shape 64x128: .* GB are free: choose one --scheme, or a smaller --shape"):
+    with pytest.raises(InputError, match=r"--shape 64x128: .* GB are free: choose one --scheme, or a smaller --shape"):
         bench_linear("w4a16", ["64x128"], "5")
 
 

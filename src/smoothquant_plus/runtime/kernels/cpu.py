@@ -2,8 +2,8 @@
 with a weight that stays in bfloat16, as a model's head does.
 
 One packed layout serves every instruction set; which one runs is found out when the library is loaded, and the environment variable SQPLUS_CPU
-lowers it. A result depends neither on the number of threads nor on the other rows of x. SQPLUS_LIBRARY names another build of the library, for
-tests.
+lowers it. A result depends neither on the number of threads nor on the other rows of x (but for W4A16 with AMX, whose last bits depend on whether
+there are more than five rows). SQPLUS_LIBRARY names another build of the library, for tests.
 """
 
 from __future__ import annotations
