@@ -204,9 +204,7 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t top = block[b].top - block->top;
     int32_t* y = t.y + top * kPanel;
-    if (t.start == 0) {
-      for (int64_t i = 0; i < block[b].rows * kPanel; ++i) y[i] = t.first[block[b].top + i / kPanel];
-    }
+    for (int64_t r = 0; t.start == 0 && r < block[b].rows; ++r) std::fill_n(y + r * kPanel, kPanel, t.first[block[b].top + r]);
     const int64_t walks = block[b].rows <= kRows ? 1 : 2, lines = kStep * kTileSteps / 64, part = (lines + blocks * walks - 1) / (blocks * walks);
     // A single block's weights are read once: the next ones are not far.
     const char* next = blocks == 1 ? reinterpret_cast<const char*>(t.weight) + t.start * kStep + kAhead : reinterpret_cast<const char*>(t.next) + t.count * kStep * b / blocks;

@@ -319,10 +319,11 @@ void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Til
   const Result result(y, n);
   for_panels(round_up(n, kPanel) / kPanel, kernels.panels, blocks, [&](int64_t first, int64_t panels, int64_t count, const Block* block) {
     const int64_t length = Panel(first, n, count, block).rows * kPanel;
-    std::vector<int32_t> sums(panels * length);  // zeros: K may be 0
+    const auto sums = room<int32_t>(panels * length);
+    if (tile.steps == 0) std::fill_n(sums.get(), panels * length, 0);
     in_turn(panels, tile.steps, chunk, [&](int64_t panel, int64_t start, int64_t end, int64_t next, int64_t next_start) {
       const Panel own(first + panel, n, count, block);
-      int32_t* y = sums.data() + panel * length;
+      int32_t* y = sums.get() + panel * length;
       W8Tile t = tile;
       t.next = t.weight + ((first + next) * t.steps + next_start) * kStep;
       t.weight += (first + panel) * t.steps * kStep;
