@@ -179,14 +179,18 @@ SQPLUS_INLINE void each_sum(char* y, int64_t row, int rows, F&& f) {
 
 constexpr int64_t kRow = kPanel * 4, kAhead = 8192;
 
-// Some steps of a chunk, which fill tiles of this depth.
+// Some steps of a chunk, which fill tiles of this depth; the `first` have no sums before them.
 template <class Dot>
-void w8_steps(const W8Tile& t, const Block& own, int64_t start, int64_t tiles, int depth, Tiles& shape, Coming& coming, char* y) {
+void w8_steps(const W8Tile& t, const Block& own, int64_t start, int64_t tiles, int depth, bool first, Tiles& shape, Coming& coming, char* y) {
   shape.take(own.rows, depth);
   const Operand x{reinterpret_cast<const char*>(t.x + start * t.rows + own.top * depth), depth * 4, t.rows * depth * 4};
   const Operand w{reinterpret_cast<const char*>(t.weight) + start * kStep, kStep, depth * kStep};
   const auto walk = [&](auto one, int from, auto&& multiply) __attribute__((always_inline)) {
-    each_sum<one>(y + from * 4, kRow, own.rows, [](auto tile, char* at) { load<tile>(at, kRow); });
+    if (first) {
+      unroll<4>(SQPLUS_EACH(tile) { zero<tile>(); });
+    } else {
+      each_sum<one>(y + from * 4, kRow, own.rows, [](auto tile, char* at) { load<tile>(at, kRow); });
+    }
     multiply(x, Operand{w.at + from * 4, w.row, w.next}, kChannels * 4, tiles, coming);
     each_sum<one>(y + from * 4, kRow, own.rows, [](auto tile, char* at) { store<tile>(at, kRow); });
   };
@@ -202,17 +206,19 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
   Tiles shape;
   const int64_t whole = t.count / kTileSteps, rest = t.count % kTileSteps;
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t top = block[b].top - block->top;
-    int32_t* y = t.y + top * kPanel;
-    for (int64_t r = 0; t.start == 0 && r < block[b].rows; ++r) std::fill_n(y + r * kPanel, kPanel, t.first[block[b].top + r]);
-    const int64_t walks = block[b].rows <= kRows ? 1 : 2, lines = kStep * kTileSteps / 64, part = (lines + blocks * walks - 1) / (blocks * walks);
+    int32_t* y = t.y + (block[b].top - block->top) * kPanel;
+    const int64_t walks = t.walks * (block[b].rows <= kRows ? 1 : 2), lines = kStep * kTileSteps / 64;
     // A single block's weights are read once: the next ones are not far.
-    const char* next = blocks == 1 ? reinterpret_cast<const char*>(t.weight) + t.start * kStep + kAhead : reinterpret_cast<const char*>(t.next) + t.count * kStep * b / blocks;
-    Coming coming{next, part};
-    if (whole) w8_steps<Dot>(t, block[b], t.start, whole, kTileSteps, shape, coming, reinterpret_cast<char*>(y));
-    if (rest) w8_steps<Dot>(t, block[b], t.start + whole * kTileSteps, 1, static_cast<int>(rest), shape, coming, reinterpret_cast<char*>(y));
-    if (t.start + t.count == t.steps && std::is_same_v<Dot, Integers>) {
-      for (int64_t i = 0; i < block[b].rows * kPanel; i += V::width) V::store(reinterpret_cast<float*>(y + i), Dot::to_float(y + i));
+    const char* next = t.walks == 1 ? reinterpret_cast<const char*>(t.weight) + t.start * kStep + kAhead : reinterpret_cast<const char*>(t.next) + t.count * kStep * (t.walk + b) / t.walks;
+    Coming coming{next, (lines + walks - 1) / walks};
+    const bool last = t.start + t.count == t.steps;
+    if (last) fetch_results(t.results, block[b].top - block->top, block[b].rows);
+    if (whole) w8_steps<Dot>(t, block[b], t.start, whole, kTileSteps, t.start == 0, shape, coming, reinterpret_cast<char*>(y));
+    if (rest) w8_steps<Dot>(t, block[b], t.start + whole * kTileSteps, 1, static_cast<int>(rest), t.start + whole == 0, shape, coming, reinterpret_cast<char*>(y));
+    if (!last || !std::is_same_v<Dot, Integers>) continue;
+    for (int64_t r = 0; r < block[b].rows; ++r) {
+      const auto first = V::broadcast_int(t.first[block[b].top + r]);
+      for (int32_t* at = y + r * kPanel; at < y + (r + 1) * kPanel; at += V::width) V::store(reinterpret_cast<float*>(at), V::to_float(V::add_int(V::load_int(at), first)));
     }
   }
 }
@@ -344,6 +350,7 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
     for (int64_t b = 0; b < blocks; ++b) {
       const Block& own = block[b];
       constexpr int each = Own::pieces ? 3 : 1;  // rows of a token
+      if (turn == turns - parts && t.end == t.groups) fetch_results(t.results, own.top - block->top, own.rows);
       shape.take(own.rows * each, Own::depth);
       const Operand x{static_cast<const char*>(t.x) + (g * t.rows * Own::length + own.top * Own::depth) * each * 4, Own::depth * 4, t.rows * each * Own::depth * 4};
       const Operand w{room.tiles[turn % 2], 64, Own::vectors * Own::of_tile};

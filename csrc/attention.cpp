@@ -132,7 +132,7 @@ struct Integers {
 
   // y (rows, 64) = the products with a panel, in float32 but without scales.
   void multiply(const std::vector<Block>& blocks, const uint8_t* panel, int32_t* y) const {
-    kernels.w8(blocks.size(), blocks.data(), {fours.get(), rows, steps, 0, steps, panel, panel + steps * kStep, first.data(), rest.get(), rests.data(), y, {}});
+    kernels.w8(blocks.size(), blocks.data(), {fours.get(), rows, steps, 0, steps, panel, panel + steps * kStep, 0, static_cast<int64_t>(blocks.size()), first.data(), rest.get(), rests.data(), y, {}});
   }
 };
 

@@ -57,6 +57,7 @@ struct W8Tile {
   int64_t start, count;   // the steps of this chunk, which is one part, or several of kTileSteps each
   const uint8_t* weight;  // one panel
   const uint8_t* next;    // the chunk that is multiplied next
+  int64_t walk, walks;    // how many blocks of rows were multiplied with the chunk before these, and are in all
   const int32_t* first;   // (rows): what a row's sums start from, -128 times all of its activations: the weights have 128 too much; 0 for bfloat16
   const Rest* rest;       // (rows, steps): by Kernels::cut, where there is one
   const int32_t* rests;   // (rows): how many

@@ -247,7 +247,9 @@ template <class Work>
 void for_panels(int64_t panels, int64_t most, const std::vector<Block>& blocks, Work&& work) {
   // Where there are hardly more panels than threads, each panel's rows are divided too, but not into few: weights are read for each part.
   const int64_t threads = torch::stable::get_num_threads(), count = blocks.size();
-  const int64_t parts = std::max<int64_t>(1, std::min(count / 8, (4 * threads + panels - 1) / panels));
+  // And where several panels take turns, so that all they share stays in the second-level cache.
+  const int64_t for_threads = std::min(count / 8, (4 * threads + panels - 1) / panels), for_cache = most > 1 ? (count + 7) / 8 : 1;
+  const int64_t parts = std::max<int64_t>({1, for_threads, for_cache});
   const int64_t at_once = std::max<int64_t>(1, std::min(most, panels / (4 * threads))), turns = (panels + at_once - 1) / at_once;
   parallel_for(0, turns * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -322,16 +324,21 @@ void multiply(const Kernels& kernels, decltype(Kernels::w8) product, const W8Til
     const auto sums = room<int32_t>(panels * length);
     if (tile.steps == 0) std::fill_n(sums.get(), panels * length, 0);
     in_turn(panels, tile.steps, chunk, [&](int64_t panel, int64_t start, int64_t end, int64_t next, int64_t next_start) {
-      const Panel own(first + panel, n, count, block);
-      int32_t* y = sums.get() + panel * length;
-      W8Tile t = tile;
-      t.next = t.weight + ((first + next) * t.steps + next_start) * kStep;
-      t.weight += (first + panel) * t.steps * kStep;
-      t.start = start, t.count = end - start;
-      t.y = y;
-      t.results = own.results(result);
-      if (t.steps > 0) product(count, block, t);
-      if (end == t.steps) own.write(kernels, reinterpret_cast<const float*>(y), kPanel, row_scales, scale, bias, result);
+      // With tiles, each block's results are written while the first-level cache has their sums.
+      const bool last = end == tile.steps;
+      const int64_t each = last && kernels.tiles ? 1 : count;
+      for (int64_t b = 0; b < count; b += each) {
+        const Panel own(first + panel, n, each, block + b);
+        W8Tile t = tile;
+        t.next = t.weight + ((first + next) * t.steps + next_start) * kStep;
+        t.weight += (first + panel) * t.steps * kStep;
+        t.start = start, t.count = end - start;
+        t.walk = b, t.walks = count;
+        t.y = sums.get() + (chunk < t.steps ? panel * length + (own.top - block->top) * kPanel : 0);
+        t.results = own.results(result);
+        if (t.steps > 0) product(each, block + b, t);
+        if (last) own.write(kernels, reinterpret_cast<const float*>(t.y), kPanel, row_scales, scale, bias, result);
+      }
     });
   });
 }
@@ -376,7 +383,7 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
     });
   }
 
-  const W8Tile tile{integers.fours.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, first.data(), rest.get(), rests.data(), nullptr, {}};
+  const W8Tile tile{integers.fours.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, 0, 0, first.data(), rest.get(), rests.data(), nullptr, {}};
   multiply(kernels, kernels.w8, tile, chunk, blocks, integers.scales.data(), static_cast<const float*>(weight_scale.data_ptr()), offset.get(), y);
   return y;
 }
@@ -409,7 +416,7 @@ Tensor cpu_bfloat16(const Tensor& given, const Tensor& packed, const std::option
     }
   });
   const std::vector<int32_t> first(m);
-  const W8Tile tile{pairs.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, first.data(), nullptr, nullptr, nullptr, {}};
+  const W8Tile tile{pairs.get(), m, steps, 0, 0, static_cast<const uint8_t*>(packed.data_ptr()), nullptr, 0, 0, first.data(), nullptr, nullptr, nullptr, {}};
   multiply(kernels, kernels.bfloat16, tile, chunk, blocks, nullptr, nullptr, offset.get(), y);
   return y;
 }

@@ -211,7 +211,7 @@ inline void write_row(Type type, const float* y, int64_t count, float row_scale,
       if (bias) return write_each<false, true>(y, known, row_scale, scale, bias, store);
       return write_each<false, false>(y, known, row_scale, scale, bias, store);
     };
-    count == kPanel ? all(kPanel) : all(count);  // a constant for nearly all
+    count == kPanel ? all(kPanel) : count == kPanel / 2 ? all(kPanel / 2) : all(count);  // a constant for nearly all
   };
   switch (type) {
     case Type::kFloat: return write([to](int64_t i, float value) { static_cast<float*>(to)[i] = value; });
