@@ -119,7 +119,7 @@ struct Coming {
   }
 };
 
-// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next. After each tile `aside` has a step of its own.
+// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next. After each tile `aside` has its own step.
 template <class Dot, class Aside>
 SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
   for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
@@ -223,12 +223,13 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
   }
 }
 
-// Beside the products with a group of so many steps of eight input channels and a `width` of output channels, 4-bit weights have the sums of the ones before scaled, and
-// the nibbles of the ones after taken out.
+// A group's zero points also as integers, for pieces.
 struct Scales : Group {
   alignas(64) int32_t zeros[kPanel];
 };
 
+// Beside the products with a group of so many steps of eight input channels and a `width` of output channels, 4-bit weights have the sums of the ones before scaled, and
+// the nibbles of the ones after taken out.
 template <class Dot, int steps, int width>
 struct Aside {
   static constexpr bool pairs = std::is_same_v<Dot, Pairs16>, pieces = std::is_same_v<Dot, Pieces>;
