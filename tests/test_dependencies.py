@@ -33,7 +33,7 @@ ONLY_IN = {
     "accelerate": {"models/skeleton.py"},
     "compressed_tensors": {"models/checkpoint.py"},
     "datasets": {"text.py", "evaluation/tasks.py"},
-    "psutil": {"search.py", "runtime/serve.py"},
+    "psutil": {"search.py", "runtime/serve.py", "evaluation/benchmark_linear.py"},
     "typer": {"cli.py"},
     "triton": {f"runtime/kernels/triton/{name}.py" for name in ("common", "fused", "int8_attention", "w4a16", "w8a8")},
     "vllm": {
