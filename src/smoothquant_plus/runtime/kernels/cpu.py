@@ -2,8 +2,8 @@
 with a weight that stays in bfloat16, as a model's head does.
 
 One packed layout serves every instruction set; the fastest is found out when the library is loaded, and the environment variable SQPLUS_CPU
-chooses another. A result depends neither on the number of threads nor on the other rows of x (but for W4A16 with AMX, whose last bits depend on whether
-there are more than five rows). SQPLUS_LIBRARY names another build of the library, for tests.
+chooses another. A result depends neither on the number of threads nor on the other rows of x (but for W4A16 with AMX, whose last bits depend on
+whether there are more than five rows). SQPLUS_LIBRARY names another build of the library, for tests.
 """
 
 from __future__ import annotations
