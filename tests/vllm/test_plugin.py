@@ -72,6 +72,8 @@ READ = [(family, scheme) for family in LAYOUTS for scheme in SCHEMES if scheme !
 
 @pytest.mark.parametrize(("family", "scheme"), READ)
 def test_checkpoints_run_on_our_kernels(family: str, scheme: str, out: Out, theirs: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family in families.LATENTS and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's latent attention takes no float32 where there is AMX")
     calls: list[Any] = []
     original = cpu.linear
     monkeypatch.setattr(cpu, "linear", lambda *args: calls.append(args[2]) or original(*args))
