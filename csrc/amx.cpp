@@ -223,11 +223,6 @@ void w8_tiles(int64_t blocks, const Block* block, const W8Tile& t) {
   }
 }
 
-// A group's zero points also as integers, for pieces.
-struct Scales : Group {
-  alignas(64) int32_t zeros[kPanel];
-};
-
 // Beside the products with a group of so many steps of eight input channels and a `width` of output channels, 4-bit weights have the sums of the ones before scaled, and
 // the nibbles of the ones after taken out.
 template <class Dot, int steps, int width>
@@ -238,7 +233,7 @@ struct Aside {
   static constexpr int length = steps * numbers, depth = static_cast<int>(tile_depth(length)), tiles = length / depth, of_tile = depth * 64;
 
   // Sums (rows, width) are added to y: (sums - zero point * the activations' sum) * scale.
-  const Scales* group;
+  const FixedScales* group;
   int from;
   const void* of_x;  // float, or Fixed
   const char* sums;
@@ -260,21 +255,16 @@ struct Aside {
     constexpr int each = (rows_at_most + tiles - 1) / tiles;
     const int first = static_cast<int>(k) * each, end = std::min(first + each, rows);
     if (first >= end) return;
-    V::Float scales[vectors], zeros[vectors];
-    unroll<vectors>(SQPLUS_EACH(h) { scales[h] = V::load(group->scale + from + h * V::width), zeros[h] = V::load(group->zero + from + h * V::width); });
+    [[maybe_unused]] V::Float scales[vectors], zeros[vectors];
+    if constexpr (!pieces) unroll<vectors>(SQPLUS_EACH(h) { scales[h] = V::load(group->scale + from + h * V::width), zeros[h] = V::load(group->zero + from + h * V::width); });
     for (int r = first; r < end; ++r) {
       if constexpr (pieces) {
         const Fixed& x = static_cast<const Fixed*>(of_x)[r];
         unroll<vectors>(SQPLUS_EACH(h) {
           const auto sum = [&](int piece) { return V::load_int(sums + ((3 * r + piece) * width + h * V::width) * 4); };
-          const auto high = V::add_int(_mm512_slli_epi32(sum(0), 8), sum(1)), zero = V::load_int(group->zeros + h * V::width);
-          float* place = y + r * width + h * V::width;
-          const auto add = [&](V::Int sum, int32_t all, float unit) {
-            const auto total = V::multiply(V::to_float(V::subtract(sum, V::multiply_int(zero, V::broadcast_int(all)))), V::broadcast(unit));
-            V::store(place, V::fma(total, scales[h], V::load(place)));
-          };
-          add(high, x.high, x.high_unit);
-          add(sum(2), x.low, x.low_unit);
+          const int channel = h * V::width;
+          add_to<V>(y + r * width, V::add_int(_mm512_slli_epi32(sum(0), 8), sum(1)), x.high, x.high_unit, *group, channel);
+          add_to<V>(y + r * width, sum(2), x.low, x.low_unit, *group, channel);
         });
       } else {
         const auto all = V::broadcast(static_cast<const float*>(of_x)[r]);
@@ -318,7 +308,7 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
   struct {
     alignas(64) char tiles[2][Own::tiles * Own::vectors * Own::of_tile];
     alignas(64) char sums[kBlock * kPanel / 2 * 4];
-    Scales groups[3];  // the one before, this one, and the next one
+    FixedScales groups[3];  // the one before, this one, and the next one
   } room;
   Tiles shape;
   const int64_t turns = (t.end - t.start) * parts, all_rows = block[blocks - 1].top + block[blocks - 1].rows - block->top;
@@ -326,9 +316,12 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
   const auto take = [&](int64_t turn) {
     const int64_t g = t.start + turn / parts;
     if (turn % parts == 0) {
-      Scales& group = room.groups[turn / parts % 3];
-      take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, &group);
-      for (int channel = 0; Own::pieces && channel < kPanel; ++channel) group.zeros[channel] = static_cast<int32_t>(group.zero[channel]);
+      FixedScales* group = &room.groups[turn / parts % 3];
+      if constexpr (Own::pieces) {
+        take_fixed_scales<V>(t, g, group);
+      } else {
+        take_scales<V, Own::pairs ? 8 + 16 : 8>(t, g, group);
+      }
     }
     return t.weight + g * steps * kPanel + turn % parts * width;
   };

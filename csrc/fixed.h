@@ -54,15 +54,24 @@ inline void fix_group(const float* x, int64_t count, int pieces, int32_t* to, Re
   fixed->high_unit = 256 * fixed->low_unit;
 }
 
-// And in fixed point: zero points as integers, and the weights.
-struct FixedGroup : Group {
+// And in fixed point: zero points as integers.
+struct FixedScales : Group {
   alignas(64) int32_t zeros[kPanel];
+};
+
+template <class V>
+SQPLUS_INLINE void take_fixed_scales(const W4Tile& t, int64_t g, FixedScales* group) {
+  take_scales<V>(t, g, group);
+  for (int channel = 0; channel < kPanel; ++channel) group->zeros[channel] = static_cast<int32_t>(group->zero[channel]);
+}
+
+struct FixedGroup : FixedScales {
   alignas(64) int32_t nibbles[16 * 4 * kPanel];  // pairs of them, taken out by the first of several blocks: 16 KB
 };
 
 // y += sum of the products of a piece with nibbles, less zero * the piece's sum, in units of `unit`, times the scale.
 template <class V>
-SQPLUS_INLINE void add_to(float* y, typename V::Int sum, int32_t of_x, float unit, const FixedGroup& group, int channel) {
+SQPLUS_INLINE void add_to(float* y, typename V::Int sum, int32_t of_x, float unit, const FixedScales& group, int channel) {
   const auto shifted = V::subtract(sum, V::multiply_int(V::load_int(group.zeros + channel), V::broadcast_int(of_x)));
   const auto total = V::multiply(V::to_float(shifted), V::broadcast(unit));
   V::store(y + channel, V::fma(total, V::load(group.scale + channel), V::load(y + channel)));
@@ -168,8 +177,7 @@ template <class V, int P>
 void w4_fixed_in(int64_t blocks, const Block* block, const W4Tile& t) {
   FixedGroup group;
   for (int64_t g = t.start; g < t.end; ++g) {
-    take_scales<V>(t, g, &group);
-    for (int channel = 0; channel < kPanel; ++channel) group.zeros[channel] = static_cast<int32_t>(group.zero[channel]);
+    take_fixed_scales<V>(t, g, &group);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t top = block[b].top - block->top;
       float* y = t.y + top * kPanel;

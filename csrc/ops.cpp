@@ -33,9 +33,6 @@ std::vector<Kernels> levels_here() {
   const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 #if defined(__x86_64__)
-  const bool amx = bfloat16 && amx_allowed();
-#endif
-#if defined(__x86_64__)
   if (avx2) levels.push_back(kAvx2);
   if (avx512) levels.push_back(kAvx512);
   if (bfloat16) {
@@ -46,7 +43,7 @@ std::vector<Kernels> levels_here() {
     kernels.sum_bfloat16 = sum_bfloat16_avx512;
     kernels.peak_bfloat16 = peak_bfloat16_avx512;
     levels.push_back(kernels);
-    if (amx) levels.push_back(with_amx(kernels));
+    if (amx_allowed()) levels.push_back(with_amx(kernels));
   }
 #endif
   return levels;
@@ -185,8 +182,7 @@ Tensor cpu_pack_bfloat16(const Tensor& given) {
 // Rows whose numbers are laid out together, so that what is written lies side by side; and steps of four channels that are read together.
 constexpr int64_t kRowsAtOnce = 16, kPiece = 256;
 
-// Copies of `rows` rows of so many steps, which are side by side in `from`, those from step `start` of part p on become rows `top` and later of that part of (parts, m rows, steps
-// of the part).
+// Copies `rows` rows of so many steps, side by side in `from`, to the rows from `top` on of each part of `to`: (parts, m rows, steps of the part).
 void lay_out(const int32_t* from, int64_t rows, int64_t steps, int64_t part, int64_t top, int64_t m, int32_t* to) {
   for (int64_t start = 0; start < steps; start += part) {
     const int64_t count = std::min(part, steps - start);
@@ -482,7 +478,7 @@ struct Weight4 {
   }
 };
 
-// y = x, of a few tokens, with the weight: each number in three pieces of 8 bits, which are rows of their own: (groups, tiles, tokens, 3, tile_depth).
+// y = the product of x, of a few tokens, with the weight: each number in three pieces of 8 bits, which are rows of their own: (groups, tiles, tokens, 3, tile_depth).
 void few_tokens(Weight4& weight, const Tensor& x, const float* bias, const Tensor& y) {
   const Kernels& kernels = weight.kernels;
   const int64_t k = weight.k, m = rows_of(x), groups = weight.groups, group_size = k / groups, depth = tile_depth(group_size / 4) * 4;

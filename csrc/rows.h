@@ -90,6 +90,12 @@ inline float sum_of(const float* x, int64_t count) {
   return added_up(parts);
 }
 
+// Of x + 1.5 * 2^23.
+inline int32_t as_int8(float shifted) {
+  const int32_t integer = static_cast<int32_t>(as_bits(shifted)) - 0x4b400000, above = integer > -128 ? integer : -128;
+  return above < 127 ? above : 127;
+}
+
 // x / scale, rounded to the nearest integer, ties to the even one: below 2^22 adding 1.5 * 2^23 leaves no bits behind the point. NaN becomes any number.
 template <bool clip>
 inline int32_t quantize_each(const float* x, int64_t count, float scale, int8_t* to) {
@@ -101,15 +107,14 @@ inline int32_t quantize_each(const float* x, int64_t count, float scale, int8_t*
       value = value > -128.0f ? value : -128.0f;
       value = value < 127.0f ? value : 127.0f;
     }
-    const int32_t integer = static_cast<int32_t>(as_bits(value + shift)) - 0x4b400000;
-    const int32_t above = integer > -128 ? integer : -128, bounded = above < 127 ? above : 127;
+    const int32_t bounded = as_int8(value + shift);
     to[i] = static_cast<int8_t>(bounded);
     sum += bounded;
   }
   return sum;
 }
 
-// The same without divisions, which take most of the time: x * (1 / scale) is off by 2^-16 at most where it is not beyond 128, and rounds to the same integer unless it is that
+// The same without divisions, which take a quarter of the time: x * (1 / scale) is off by 2^-16 at most where it is not beyond 128, and rounds to the same integer unless it is that
 // near to the middle between two. Returns whether none is.
 inline bool quantize_quickly(const float* x, int64_t count, float inverse, int8_t* to, int32_t* sum) {
   constexpr float shift = 12582912.0f;
@@ -118,8 +123,7 @@ inline bool quantize_quickly(const float* x, int64_t count, float inverse, int8_
     const float value = x[i] * inverse, shifted = value + shift;
     const int32_t off = static_cast<int32_t>(as_bits(value - (shifted - shift)) & 0x7fffffff);
     farthest = off > farthest ? off : farthest;
-    const int32_t integer = static_cast<int32_t>(as_bits(shifted)) - 0x4b400000;
-    const int32_t above = integer > -128 ? integer : -128, bounded = above < 127 ? above : 127;
+    const int32_t bounded = as_int8(shifted);
     to[i] = static_cast<int8_t>(bounded);
     total += bounded;
   }
