@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from smoothquant_plus.method.integers import quantize_input, quantize_weight
 from smoothquant_plus.method.scheme import SCHEMES
@@ -163,26 +164,46 @@ def test_a_product_of_integers_is_the_layer_without_its_quantization() -> None:
     torch.library.opcheck(torch.ops.smoothquant_plus.triton_w8a8_product.default, (values, scale, *layer.prepared, bias, ones.dtype))
 
 
+def in_torch(y: Tensor) -> tuple[Tensor, Tensor]:
+    """What a fused operation gives for y: its integers, filled up with zeros, and its scales."""
+    values, scale = quantized(y)
+    return torch.nn.functional.pad(values, (0, -y.shape[-1] % 128)), scale[..., 0]
+
+
+FUSED_IN_TORCH = {
+    "triton_norm_quantize": lambda x, weight, bias, eps, layer: in_torch(rms_norm(x, weight, bias, eps)),
+    "triton_add_norm_quantize": lambda x, y, weight, bias, eps, layer: (x + y, *in_torch(rms_norm(x + y, weight, bias, eps))),
+    "triton_silu_quantize": lambda gate, up: in_torch(torch.nn.functional.silu(gate) * up),
+}
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-mha-tied-biases", "mistral-sliding-window", "qwen2", "qwen3"])
 def test_a_fused_model_says_the_same(
     name: str, tiny: Callable[..., Path], calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Exactly, where torch's operations stand for the fused ones. These may round an integer the other way, on some machines and not on
+    others, which is a small part of what rounding does to the model anyway."""
     out = tmp_path / "out"
     quantize(tiny(name), out, calibration=calibration)
     how = {"device": DEVICE, "dtype": torch.float32, "backend": "triton"}
     model = load.load(out, **how)
     assert all(isinstance(block.mlp, FusedMLP) for block in model.model.layers)
-    monkeypatch.setattr(load, "fuse", lambda blocks: None)
-    separate = load.load(out, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "fuse", lambda blocks: None)
+        separate = load.load(out, **how)
+    original = AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32).to(DEVICE)
     tokens = torch.tensor([[65, 7, 250]], device=DEVICE)
     with torch.no_grad():
         expected = separate(tokens, output_hidden_states=True)
         found = model(tokens, output_hidden_states=True)
-        assert relative(found.logits, expected.logits) < 1e-3
         assert len(found.hidden_states) == len(expected.hidden_states)
+        assert relative(found.logits, expected.logits) < relative(expected.logits, original(tokens).logits) / 4
         if name == "qwen2":
             compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
             assert relative(compiled(tokens).logits, found.logits) < 1e-3
+        for operation, function in FUSED_IN_TORCH.items():
+            monkeypatch.setattr(torch.ops.smoothquant_plus, operation, function)
+        assert torch.equal(model(tokens).logits, expected.logits)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
