@@ -500,7 +500,7 @@ CASES = [
         ("/chat.jsonl, line 1", "messages"),
     ),
     Case("no such data set", lambda b: b.quantize(text="hf:nobody/nothing"), ("the data set hf:nobody/nothing cannot be read",)),
-    Case("data set without its package", data_set_without_package, ("hf:nobody/nothing", "pip install 'smoothquant-plus[datasets]'")),
+    Case("data set without its package", data_set_without_package, ("hf:nobody/nothing", "pip install '.[datasets]'")),
     Case("no such split", lambda b: data_set(b, query="split=test"), ("the data set hf:", "split=test", "cannot be read")),
     Case("no such column", lambda b: data_set(b, query="column=content"), ("row 1", "'content'")),
     Case("unknown option of a data set", lambda b: data_set(b, query="slit=train"), ("'slit'", "config, split and column")),
@@ -703,7 +703,7 @@ CASES = [
         lambda b: ["verify", b.quantized(), "--against", b.here / "nowhere"],
         ("no such model directory", "/nowhere"),
     ),
-    Case("verify in no vLLM", lambda b: ["verify", b.quantized(), "--vllm"], ("vLLM is not installed", "smoothquant-plus[vllm]")),
+    Case("verify in no vLLM", lambda b: ["verify", b.quantized(), "--vllm"], ("vLLM is not installed", "pip install '.[vllm]'")),
     # Evaluating and generating.
     Case("a server without vLLM", lambda b: ["bench", "serve", b.model(), "--max-model-len", "64"], ("vLLM is not installed",)),
     Case("evaluate on nothing", lambda b: ["eval", b.model()], ("--text FILE",)),

@@ -24,13 +24,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[Path, typer.Argument(help="Directory of a Hugging Face model (safetensors).", show_default=False)]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face model (safetensors).", show_default=False)]
 ModelOrOutput = Annotated[Path, typer.Argument(metavar="MODEL_OR_OUT", help="Directory of a model, quantized or not.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
-Text = Annotated[
-    list[str] | None,
-    typer.Option("--text", metavar="FILE", help="A .txt or .jsonl file, or hf:NAME?config=..&split=..&column=.. ; may be repeated."),
-]
+TEXT = "A .txt or .jsonl file, or hf:NAME?config=..&split=..&column=.. ; may be repeated."
+Text = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=f"Calibration text. {TEXT}")]
 Pairs = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A .json file that declares the family of a model which this package does not know."),
@@ -38,7 +36,12 @@ Pairs = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples, spread evenly over the text.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sample.")]
-ComputeDtype = Annotated[str, typer.Option(help="What blocks are run in while measuring: float32 or checkpoint (the weights' own dtype).")]
+ComputeDtype = Annotated[
+    str,
+    typer.Option(
+        help="What blocks are run in while measuring: float32, or checkpoint: the weights' own dtype. Proofs are in float32 all the same."
+    ),
+]
 LmHead = Annotated[
     str | None, typer.Option(help="What the output head becomes: w8a8 or w4a16; by default it stays as it is, as in both papers.")
 ]
@@ -47,9 +50,11 @@ Activations = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(help="w8a8: channel (a scale per output channel, the default) or tensor.")]
 GroupSize = Annotated[int | None, typer.Option(help="w4a16: input channels that share a scale: 128 (the default), 64 or 32.")]
-Symmetric = Annotated[bool, typer.Option("--symmetric", help="w4a16: no zero points.")]
+Symmetric = Annotated[
+    bool, typer.Option("--symmetric", help="w4a16: no zero points: a little smaller and less accurate, and what transformers reads.")
+]
 Smooth = Annotated[str, typer.Option(help="none, norms (SmoothQuant), or all (also v_proj -> o_proj and up_proj -> down_proj).")]
-SamplesSearch = Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs.")]
+SamplesSearch = Annotated[int, typer.Option(help="How many of the calibration samples a search for alpha runs, 22 times each.")]
 SearchMemory = Annotated[
     float | None,
     typer.Option(help="GB of memory for a search's hidden states, the rest goes to files; default: a quarter of what is free."),
@@ -268,7 +273,7 @@ def calibrate(
             help="Write smoothing factors instead of maxima, with what `quantize` takes as --alpha: a number, model, block or default."
         ),
     ] = None,
-    scheme: Annotated[str, typer.Option(help="With --alpha: what is searched for, w4a16 or w8a8.")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="With --alpha, as all options for schemes: what is searched for, w4a16 or w8a8.")] = "w4a16",
     activations: Activations = None,
     weights: Weights = None,
     group_size: GroupSize = None,
@@ -354,7 +359,7 @@ def plot(
 @command
 def eval_(
     model: ModelOrOutput,
-    text: Text = None,
+    text: Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=f"Needed: text to evaluate on. {TEXT}")] = None,
     seq_len: SeqLen = 512,
     stride: Annotated[
         int | None, typer.Option(help="How far the window moves; smaller than --seq-len gives more context. Default: seq-len.")
@@ -377,7 +382,9 @@ def eval_(
 @command
 def tasks(
     model: ModelOrOutput,
-    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A task of lm-eval, or a group of them; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Needed: a task of lm-eval, or a group of them; may be repeated.")
+    ] = None,
     few_shot: Annotated[int | None, typer.Option(help="Examples before each question; by default as many as the task says.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task, the first ones.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 1,
@@ -445,7 +452,12 @@ def generate(
 def serve(
     context: typer.Context,
     model: ModelOrOutput,
-    scheme: Annotated[str | None, typer.Option(help="Quantize while loading: w8a8 or w4a16. Not for what is quantized already.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize while loading, w8a8 or w4a16: rounded to nearest, but where `sqplus calibrate` left smoothing.safetensors in MODEL."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with vLLM, OpenAI-compatible; further options are vLLM's own, such as --port 8000 or --tensor-parallel-size 2."""
     from smoothquant_plus.runtime.serve import server_command
@@ -463,8 +475,9 @@ def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, lm_head
     found = run(model, samples, seq_len, lm_head)
 
     def human() -> None:
-        alpha = "none published (0.5 is used)" if found.alpha is None else f"{found.alpha:g} (published)"
-        say(f"family {found.family}, {found.blocks} blocks, {found.parameters / 1e9:.3f} B parameters, alpha {alpha}")
+        alpha = "0.5, as none is published" if found.alpha is None else f"{found.alpha:g} (published)"
+        say(f"family {found.family}, {found.blocks} blocks, {found.parameters / 1e9:.3f} B parameters")
+        say(f"alpha by default: {alpha} for w8a8; searched for w4a16")
         if found.quantized is not None:
             say(f"it is quantized already ({found.quantized}): what follows is said of the full-precision model that it was made of")
         pairs = Table("source", "feeds", "smoothed by")
@@ -476,7 +489,8 @@ def inspect(model: Model, samples: Samples = 128, seq_len: SeqLen = 512, lm_head
             sizes.add_row(name, f"{size / 1e9:.3f}", f"{before / size:.2f}x smaller" if size != before else "")
         out.print(pairs)
         out.print(sizes)
-        say(f"memory to quantize with {samples} samples of {seq_len} tokens: about {found.memory_to_quantize / 1e9:.1f} GB")
+        memory = f"about {found.memory_to_quantize / 1e9:.1f} GB, and what a search for alpha may use"
+        say(f"memory to quantize with {samples} samples of {seq_len} tokens: {memory}")
 
     show(found, as_json, human)
 
@@ -513,7 +527,7 @@ def tune(
         typer.Option(metavar="NxK", help="Output and input channels; may be repeated. Default: some of Llama 7B and 70B."),
     ] = None,
     tokens: Annotated[
-        str, typer.Option(help="Batches to tune for; the largest stands for all larger ones.")
+        str, typer.Option(help="Numbers of tokens to tune for; the largest stands for all larger ones.")
     ] = "1,8,16,32,64,128,256,512,1024,4096",
     scheme: Annotated[str | None, typer.Option(help="w8a8 or w4a16; by default both.")] = None,
     device: Device = "cuda",

@@ -106,7 +106,9 @@ def _dataset_documents(text: str, tokenizer: Any) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{text}: reading a data set needs the 'datasets' extra: pip install 'smoothquant-plus[datasets]'.") from error
+        raise InputError(
+            f"{text}: reading a data set needs the extra 'datasets': pip install '.[datasets]' in a clone of this package."
+        ) from error
     address = urlsplit(text.removeprefix(DATASET_PREFIX))
     options = dict(parse_qsl(address.query))
     unknown = set(options) - {"config", "split", "column"}

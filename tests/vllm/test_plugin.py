@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -88,17 +89,60 @@ def test_a_scale_per_fused_layer(out: Out, theirs: Theirs, tiny: Callable[..., P
     check(theirs(tmp_path / "out"), ours(tmp_path / "out"), "token")
 
 
-def test_what_our_kernels_lack_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+class Layer:
+    """What vLLM asks a kernel about."""
+
+    def __init__(self, input_symmetric: bool = True) -> None:
+        self.input_symmetric = input_symmetric
+
+
+@pytest.fixture
+def additional_config(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """vLLM's, to be filled."""
+
     class Config:
-        input_symmetric = False
+        additional_config: ClassVar[dict[str, str]] = {}
 
-    assert plugin.Int8Kernel.can_implement(Config()) == (False, "asymmetric activations")
+    monkeypatch.setattr(plugin, "get_current_vllm_config_or_none", Config)
+    return Config.additional_config
+
+
+def test_what_our_kernels_lack_is_left_to_vllm(
+    monkeypatch: pytest.MonkeyPatch, additional_config: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING, "vllm.smoothquant_plus")
+    assert plugin.Int8Kernel.can_implement(Layer(input_symmetric=False)) == (False, "asymmetric activations")
     monkeypatch.setattr(cpu, "missing", lambda: "not built")
-    Config.input_symmetric = True
-    assert plugin.Int8Kernel.can_implement(Config()) == (False, "not built")
+    assert plugin.Int8Kernel.can_implement(Layer()) == (False, "not built")
+    assert plugin.Int8Kernel.can_implement(Layer()) == (False, "not built")
+    assert [record.getMessage() for record in caplog.records] == [
+        "left to vLLM's own kernels: asymmetric activations",
+        "left to vLLM's own kernels: not built",
+    ]
+    additional_config["sqplus_kernels"] = "cpu"
+    with pytest.raises(InputError, match="sqplus_kernels: cpu cannot run this model: not built"):
+        plugin.Int8Kernel.can_implement(Layer())
 
 
-def test_on_gpus_ours_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_own_kernels_can_be_asked_for(additional_config: dict[str, str]) -> None:
+    assert plugin.Int8Kernel.can_implement(Layer()) == (True, None)
+    additional_config["sqplus_kernels"] = "vllm"
+    able, reason = plugin.Int8Kernel.can_implement(Layer())
+    assert not able and "unless its additional config says sqplus_kernels: cpu" in reason
+    additional_config["sqplus_kernels"] = "triton"
+    with pytest.raises(InputError, match="unknown sqplus_kernels 'triton' in vLLM's additional config: choose cpu or vllm"):
+        plugin.Int8Kernel.can_implement(Layer())
+
+
+def test_whose_kernels_a_model_has(out: Out, theirs: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(plugin, "keep", lambda layer, *_: made.append(layer))
+    theirs(out("llama", "token"), additional_config={"sqplus_kernels": "vllm"})
+    assert not made
+
+
+def test_on_gpus_ours_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch, additional_config: dict[str, str]) -> None:
     """Decided without a GPU; there is none to run them on."""
 
     class Gpu:
@@ -107,22 +151,17 @@ def test_on_gpus_ours_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         def is_cpu(self) -> bool:
             return False
 
-    class Config:
-        input_symmetric = True
-        additional_config: ClassVar[dict[str, str]] = {}
-
     monkeypatch.setattr(plugin, "current_platform", Gpu())
-    monkeypatch.setattr(plugin, "get_current_vllm_config", Config)
-    able, reason = plugin.Int8Kernel.can_implement(Config())
+    able, reason = plugin.Int8Kernel.can_implement(Layer())
     assert not able and "unless its additional config says sqplus_kernels: triton" in reason
-    Config.additional_config = {"sqplus_kernels": "tirton"}
+    additional_config["sqplus_kernels"] = "tirton"
     with pytest.raises(InputError, match="unknown sqplus_kernels 'tirton'"):
-        plugin.Int8Kernel.can_implement(Config())
-    Config.additional_config = {"sqplus_kernels": "triton"}
+        plugin.Int8Kernel.can_implement(Layer())
+    additional_config["sqplus_kernels"] = "triton"
     with pytest.raises(InputError, match="triton cannot run this model: "):
-        plugin.Int8Kernel.can_implement(Config())
+        plugin.Int8Kernel.can_implement(Layer())
     monkeypatch.setattr(kernels_of_triton, "supports", lambda *args: None)
-    assert plugin.Int8Kernel.can_implement(Config()) == (True, None)
+    assert plugin.Int8Kernel.can_implement(Layer()) == (True, None)
 
 
 def test_the_float_weight_of_a_layer_with_static_activations(out: Out) -> None:

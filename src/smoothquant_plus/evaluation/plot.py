@@ -33,7 +33,7 @@ def plot(output: str | Path, directory: str | Path | None = None) -> list[Path]:
     try:
         from matplotlib.figure import Figure  # noqa: F401
     except ImportError as error:
-        raise InputError("plots need the 'plot' extra: pip install 'smoothquant-plus[plot]'.") from error
+        raise InputError("plots need the extra 'plot': pip install '.[plot]' in a clone of this package.") from error
     plan = read_plan(output)
     figures = {"loss": loss_figure(plan), "activations": activations_figure(output, plan)}
     drawn = {name: figure for name, figure in figures.items() if figure is not None}

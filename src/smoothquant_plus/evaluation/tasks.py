@@ -63,7 +63,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(f"tasks need the 'tasks' extra: pip install 'smoothquant-plus[tasks]' ({error}).") from error
+        raise InputError(f"tasks need the extra 'tasks': pip install '.[tasks]' in a clone of this package ({error}).") from error
     if include is not None and not Path(include).is_dir():
         raise InputError(f"--include {include}: there is no such directory.")
     tokenizer = load_tokenizer(Path(model))

@@ -71,5 +71,5 @@ def check_vllm() -> None:
     found = find_spec("vllm")
     if found is None or found.origin is None:  # a directory that happens to be called so has no origin
         raise InputError(
-            "vLLM is not installed here: `pip install smoothquant-plus[vllm]` on a machine with CUDA; for CPUs see docs/serving.md."
+            "vLLM is not installed here: `pip install '.[vllm]'` in a clone of this package on a machine with CUDA; for CPUs see docs/serving.md."
         )

@@ -1,13 +1,12 @@
 """The plugin for vLLM, which finds it by its entry point (pyproject.toml); docs/vllm.md says how it is used.
 
 On a CPU, compressed-tensors checkpoints run on our own kernels (csrc/), mixtures of experts too; what those do not support is left to vLLM. On a
-GPU vLLM's kernels come first, unless ours (kernels/triton) are asked for. `--quantization sqplus` gives vLLM, on any device, what `sqplus quantize`
+GPU vLLM's kernels come first. Either can be asked for the other. `--quantization sqplus` gives vLLM, on any device, what `sqplus quantize`
 would write for a full-precision checkpoint.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -21,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, MPLinearKernel
 from vllm.model_executor.layers.attention import mla_attention
@@ -55,9 +55,9 @@ from smoothquant_plus.runtime.kernels import BACKENDS, cpu
 from smoothquant_plus.runtime.linear import QuantLinear
 from smoothquant_plus.workspace import PLAN
 
-log = logging.getLogger(__name__)
+log = init_logger("vllm.smoothquant_plus")  # below vLLM's own: others it does not show
 
-# What asks for our kernels on a GPU, with the value 'triton', in vLLM's `--additional-config`.
+# What asks for kernels in vLLM's `--additional-config`: ours, by the name of the backend ('cpu', 'triton'), or its own ('vllm').
 KERNELS = "sqplus_kernels"
 
 # What `--quantization` is given, and what may stand beside "quant_method" in the quantization_config of `hf_overrides`.
@@ -87,23 +87,31 @@ def backend() -> str:
     return "cpu" if current_platform.is_cpu() else "triton"
 
 
+def asked() -> str | None:
+    """The kernels that vLLM's additional config asks for, a part of its configuration that its cache of compiled models knows: None, our backend
+    of this platform, or 'vllm'. Raises InputError for others."""
+    config = get_current_vllm_config_or_none()
+    kernels: str | None = None if config is None else config.additional_config.get(KERNELS)
+    if kernels not in (None, backend(), "vllm"):
+        raise InputError(f"unknown {KERNELS} '{kernels}' in vLLM's additional config: choose {backend()} or vllm.")
+    return kernels
+
+
+def ours_come_first() -> bool:
+    """On a CPU, unless vLLM's are asked for; on a GPU where ours are."""
+    return (asked() or ("cpu" if current_platform.is_cpu() else "vllm")) != "vllm"
+
+
 def answer(reason: str | None) -> tuple[bool, str | None]:
     """What vLLM expects of a kernel's `can_implement`: whether ours runs a layer, or `reason` why it cannot. vLLM says nothing of a kernel that has
-    another one behind it, so that is logged here.
-
-    On GPUs ours have to be asked for, in a part of vLLM's configuration that its cache of compiled models knows. Raises InputError when they
-    were, and cannot.
+    another one behind it, so that is logged here, once for each reason. Raises InputError where ours were asked for, and cannot.
     """
-    if not current_platform.is_cpu():
-        asked = get_current_vllm_config().additional_config.get(KERNELS)
-        if asked not in (None, "triton"):
-            raise InputError(f"unknown {KERNELS} '{asked}' in vLLM's additional config: there is triton.")
-        if asked is None:
-            return False, f"vLLM's own kernels come first here, unless its additional config says {KERNELS}: triton"
-        if reason is not None:
-            raise InputError(f"{KERNELS}: triton cannot run this model: {reason}.")
+    if not ours_come_first():
+        return False, f"vLLM's own kernels come first here, unless its additional config says {KERNELS}: {backend()}"
+    if reason is not None and asked():
+        raise InputError(f"{KERNELS}: {asked()} cannot run this model: {reason}.")
     if reason is not None:
-        log.info("left to vLLM's own kernels: %s", reason)
+        log.warning_once("left to vLLM's own kernels: %s", reason)
     return reason is None, reason
 
 
@@ -213,11 +221,10 @@ class OnOurKernels(CompressedTensorsConfig):
             if declared is not None:
                 weights, inputs = declared["weights"], declared["input_activations"]
                 reason = unsupported_experts(layer, weights, inputs)
-                if reason is None:
+                if answer(reason and f"experts: {reason}")[0]:
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
-                log.info("the experts %s are left to vLLM: %s", prefix, reason)
         method = super().get_quant_method(layer, prefix)
-        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and multiplies_heads():
+        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and ours_come_first() and multiplies_heads():
             return Head()
         return method
 

@@ -22,7 +22,7 @@ from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.progress import note
 from smoothquant_plus.runtime.kernels.reference import PAGE
 
-# From the lowest to the highest, as in csrc/ops.cpp.
+# From the lowest to the highest, as in csrc/levels.cpp.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 VARIABLE = "SQPLUS_CPU"
 PANEL = 64
