@@ -31,7 +31,7 @@ SQPLUS = Path(sys.executable).with_name("sqplus")
 ELSEWHERE = {  # what the pages say needs a GPU, or several, or several machines
     "tensor-parallel-size 4": "serving.md",
     "tensor-parallel-size 8": "serving.md",
-    "sqplus_kernels": "vllm.md",
+    '"sqplus_kernels": "triton"': "vllm.md",
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 QUICK = ["--enforce-eager", "--dtype", "float32", "--chat-template", TEMPLATE]
@@ -120,6 +120,16 @@ def test_a_server_that_does_not_start(here: Path) -> None:
         benchmark_serve.server([str(SQPLUS), "serve", str(here / "OUT"), "--no-such-option"], {}),
     ):
         raise AssertionError("it is running")
+
+
+def test_from_a_model_to_a_checkpoint(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "MODEL").symlink_to(tiny("wide-long"))
+    for name in ("text.txt", "held_out.txt"):
+        (tmp_path / name).write_text(families.TEXT)
+    few = {"quantize": ["--samples", "4", "--seq-len", "32"], "eval": ["--seq-len", "32"]}
+    for command in (line for name in ("inspect", "quantize", "eval") for line in commands("serving.md", f"sqplus {name}")):
+        run(command, tmp_path, *few.get(command.split()[1], []))
+    assert (tmp_path / "OUT").is_dir()
 
 
 def test_verified_in_vllm(here: Path) -> None:
