@@ -45,15 +45,18 @@ build_kernels = SQPLUS_CXXFLAGS="$(2)" $(BIN)/python setup.py --quiet build_ext 
 clean:
 	rm -rf .venv .venv-vllm .bench build src/smoothquant_plus/*.so
 
-.venv/setup: pyproject.toml setup.py $(wildcard csrc/*)
+.venv/torch:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77"
+	touch $@
+.venv/setup: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
-.venv/dev: .venv/setup
+# All of it at once: the kernels are compiled by each installation.
+.venv/dev: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
-	touch $@
+	touch .venv/setup $@
 # Its torchvision, torchaudio and torchcodec are builds for CUDA: they fail to load, and take vLLM down with them.
 .venv-vllm/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv-vllm

@@ -39,7 +39,7 @@ def blocks(language: str) -> list[str]:
 
 def test_readme_commands(place: Path) -> None:
     commands = [line.split("  #")[0] for block in blocks("sh") for line in block.splitlines() if line.startswith("sqplus")]
-    assert [command.split()[1] for command in commands] == ["inspect", "quantize", "quantize", "plot", "verify", "eval", "eval", "generate"]
+    assert [command.split()[1] for command in commands] == ["inspect", "quantize", "quantize", "verify", "eval", "eval", "generate", "plot"]
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, f"{command}: {result.output}"
