@@ -252,6 +252,13 @@ def data_set(b: Bench, text: str = "one", query: str = "") -> list[object]:
     return b.quantize(text=f"hf:{b.here / 'set'}?{query}")
 
 
+def data_set_with_code(b: Bench) -> list[object]:
+    pytest.importorskip("datasets")
+    (b.here / "set").mkdir()
+    b.file("set/set.py", "import datasets\n")
+    return b.quantize(text=f"hf:{b.here / 'set'}")
+
+
 def data_set_without_package(b: Bench) -> list[object]:
     b.monkeypatch.setitem(sys.modules, "datasets", None)
     return b.quantize(text="hf:nobody/nothing")
@@ -306,6 +313,12 @@ CASES = [
     Case("evaluate nothing", lambda b: b.evaluate(b.here / "nowhere"), ("no such model directory", "/nowhere")),
     Case("generate from nothing", lambda b: ["generate", b.here / "nowhere", "--prompt", "a"], ("no such model directory", "/nowhere")),
     Case("family not supported", lambda b: b.quantize(b.model(model_type="xglm")), ("model_type 'xglm'", "Supported: llama")),
+    Case("a number as family", lambda b: b.quantize(b.model(model_type=7)), ("model_type '7'", "Supported: llama")),
+    Case(
+        "float64",
+        lambda b: b.broken(lambda m: rewrite(m, lambda tensors: {name: tensor.double() for name, tensor in tensors.items()})),
+        ("is in float64", "convert the checkpoint to float32"),
+    ),
     Case("no family", lambda b: b.quantize(b.model(model_type=None)), ("model_type", "config.json", "Supported: llama")),
     Case(
         "remote code",
@@ -501,6 +514,23 @@ CASES = [
     ),
     Case("no such data set", lambda b: b.quantize(text="hf:nobody/nothing"), ("the data set hf:nobody/nothing cannot be read",)),
     Case("data set without its package", data_set_without_package, ("hf:nobody/nothing", "pip install '.[datasets]'")),
+    Case("a data set without a name", lambda b: b.quantize(text="hf:"), ("hf: names no data set", "hf:NAME")),
+    Case(
+        "splits that are added", lambda b: data_set(b, query="split=train+test"), ("the data set hf:", "split=train+test", "cannot be read")
+    ),
+    Case("a data set with code of its own", data_set_with_code, ("the data set hf:", "cannot be read", "scripts")),
+    Case(
+        "half of a character",
+        lambda b: b.quantize(text=b.file("half.jsonl", json.dumps({"text": "one and \ud83d two"}))),
+        ("lone surrogate", "one and", "remove it"),
+        late=True,
+    ),
+    Case(
+        "a search on one token",
+        lambda b: b.quantize(None, *W4A16, text=b.file("one.jsonl", '{"text": "<|end|>"}'), small=("--samples", "1", "--seq-len", "32")),
+        ("/one.jsonl gives one token", "more text"),
+        late=True,
+    ),
     Case("no such split", lambda b: data_set(b, query="split=test"), ("the data set hf:", "split=test", "cannot be read")),
     Case("no such column", lambda b: data_set(b, query="column=content"), ("row 1", "'content'")),
     Case("unknown option of a data set", lambda b: data_set(b, query="slit=train"), ("'slit'", "config, split and column")),
@@ -706,6 +736,7 @@ CASES = [
     Case("verify in no vLLM", lambda b: ["verify", b.quantized(), "--vllm"], ("vLLM is not installed", "pip install '.[vllm]'")),
     # Evaluating and generating.
     Case("a server without vLLM", lambda b: ["bench", "serve", b.model(), "--max-model-len", "64"], ("vLLM is not installed",)),
+    Case("a benchmark of no server", lambda b: ["bench", "serve", "--max-model-len", "64"], ("give the directory of a model",)),
     Case("evaluate on nothing", lambda b: ["eval", b.model()], ("--text FILE",)),
     Case("evaluate on a missing file", lambda b: b.evaluate(b.model(), text="nowhere.txt"), ("no such text file: nowhere.txt",)),
     Case(
@@ -724,6 +755,20 @@ CASES = [
         "foreign quantization",
         lambda b: b.evaluate(b.quantized(quantization_config={"quant_method": "awq", "bits": 4})),
         ("/quantized/config.json", "'awq'", "only compressed-tensors"),
+    ),
+    *(
+        Case(
+            f"config groups that are {kind}",
+            lambda b, groups=groups: b.evaluate(
+                b.quantized(quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups})
+            ),
+            ("/quantized/config.json", "JSON object"),
+        )
+        for kind, groups in {
+            "a list": ["x"],
+            "numbers": {"a": 1},
+            "of words": {"group_0": {"targets": ["Linear"], "weights": "x", "input_activations": "y"}},
+        }.items()
     ),
     Case(
         "integers without a quantization",
@@ -756,6 +801,8 @@ CASES = [
         lambda b: b.evaluate(b.model(), "--backend", "torch"),
         ("/model is not quantized", "backend"),
     ),
+    Case("half of a character in a prompt", lambda b: ["generate", b.model(), "--prompt", "caf\udce9"], ("lone surrogate", "'caf'")),
+    Case("tasks of no model", lambda b: ["tasks", b.here / "nowhere", "--task", "hellaswag"], ("no such model directory", "/nowhere")),
     Case("empty prompt", lambda b: ["generate", b.model(), "--prompt", ""], ("the prompt is empty",)),
     Case(
         "no new tokens",

@@ -27,7 +27,7 @@ LEVELS = [
 # Heavy or optional packages, and the only files that may import them.
 ONLY_IN = {
     "transformers": {
-        *("models/skeleton.py", "runtime/attention.py", "runtime/unquantized.py", "runtime/load.py", "text.py"),
+        *("models/skeleton.py", "runtime/attention.py", "runtime/unquantized.py", "runtime/load.py", "runtime/generate.py", "text.py"),
         "evaluation/benchmark_model.py",
     },
     "accelerate": {"models/skeleton.py"},

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 import families
 from smoothquant_plus import blockwise, pipeline, preparation
@@ -318,3 +318,26 @@ def test_what_config_says_of_other_code_is_left_out(tiny: Callable[..., Path], t
     quantize(source, out, smooth="none")
     assert AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "llama"
     assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_named_chat_templates_come_along(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny(), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "{{ messages[0].content }} with tools"}
+    tokenizer.save_pretrained(source)
+    quantize(source, out, smooth="none")
+    verify(out)
+    said = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        [{"role": "user", "content": "hi"}], chat_template="tool_use", tokenize=False
+    )
+    assert said == "hi with tools"
+    (out / "additional_chat_templates" / "tool_use.jinja").write_text("another")
+    with pytest.raises(VerificationError, match=r"additional_chat_templates/tool_use.jinja has changed"):
+        verify(out)
+
+
+def test_others_may_read_the_output_as_the_umask_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    quantize(tiny(), tmp_path / "out", smooth="none")
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "file").stat().st_mode}

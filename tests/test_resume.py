@@ -35,6 +35,7 @@ from smoothquant_plus.pipeline import calibrate, quantize
 from smoothquant_plus.preparation import Calibration
 from smoothquant_plus.search import Search
 from smoothquant_plus.verification import verify
+from smoothquant_plus.workspace import Workspace
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = [
@@ -574,3 +575,42 @@ def test_interrupted_command_continues(inputs: Inputs, text_file: Path, home: Pa
     assert "continuing at block 2 of 2" in again.stderr
     assert [path.name for path in home.iterdir()] == ["OUT"]
     verify(home / "OUT")
+
+
+def test_many_at_once(tmp_path: Path) -> None:
+    """Each has the directory for itself, or is told that it has not: also while another one removes it."""
+    found: list[object] = []
+
+    def work(own: int) -> None:
+        for number in range(150):
+            try:
+                with Workspace(tmp_path / "OUT", {"of": own}, {}) as workspace:
+                    for name in ("a", "b", "c"):
+                        (workspace.directory / name).write_text(str(own))
+                    assert {path.read_text() for path in workspace.directory.iterdir()} == {str(own)}
+                    if number % 2:
+                        workspace.publish(workspace.directory)
+                        shutil.rmtree(tmp_path / "OUT")
+                    else:
+                        raise InputError("refused")
+                found.append("published")
+            except InputError as error:
+                found.append("refused" if "refused" in str(error) else "another")
+            except (OSError, AssertionError) as error:
+                found.append(error)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) <= {"published", "refused", "another"} and {"published", "refused"} <= set(found)
+
+
+def test_what_appears_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "factors.safetensors"
+    with pytest.raises(InputError, match="was made by something else during this run"), Workspace(output, {}, {}) as workspace:
+        (workspace.directory / output.name).write_text("ours")
+        output.write_text("theirs")
+        workspace.publish(workspace.directory / output.name)
+    assert output.read_text() == "theirs"

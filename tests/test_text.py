@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -61,3 +62,21 @@ def test_the_beginning_of_sequence_is_not_there_twice(tmp_path: Path) -> None:
 def test_blank_documents_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "ab", "  ", "c")))
     assert len(encode([str(tmp_path / "rows.jsonl")], TOKENIZER)) == 2 + 1 + 1 + 1
+
+
+def test_a_long_text_is_tokenized_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is lost, and it begins once."""
+
+    class Tokenizer:
+        bos_token, eos_token_id = "<s>", None
+        pieces: ClassVar[list[str]] = []
+
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+            self.pieces.append(text)
+            return {"input_ids": [1] * add_special_tokens + list(text.encode())}
+
+    monkeypatch.setattr("smoothquant_plus.text.PIECE", 8)
+    for text in ("ab\ncd\nefghij\n", "without any end of line", "12345678", "1234567\n", "a"):
+        (tmp_path / "a.txt").write_text(text)
+        assert encode([str(tmp_path / "a.txt")], Tokenizer()).tolist() == [1, *text.encode()]
+    assert Tokenizer.pieces[:3] == ["ab\ncd\n", "efghij\n", "withou" + "t "]

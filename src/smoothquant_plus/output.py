@@ -11,7 +11,7 @@ from torch import Tensor
 from smoothquant_plus.files import write_bytes, write_json
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, quantization_config, read_config, write_index, write_shard
+from smoothquant_plus.models.checkpoint import CONFIG, companions, quantization_config, read_config, write_index, write_shard
 from smoothquant_plus.models.families import FAMILY_FILE
 from smoothquant_plus.models.skeleton import head_paths
 from smoothquant_plus.models.statistics import SMOOTHING, STATISTICS
@@ -85,9 +85,9 @@ def with_own_head(config: dict[str, Any]) -> dict[str, Any]:
 def finish(decoder: Decoder, work: Workspace, scheme: Scheme, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
     """What makes the shards a checkpoint: index, config, tokenizer, statistics, plan, and the manifest over all of them."""
     directory, source = work.directory, decoder.checkpoint.directory
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            write_bytes(directory / name, (source / name).read_bytes())
+    for name in companions(source):
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_bytes(directory / name, (source / name).read_bytes())
     if decoder.declared:
         write_bytes(directory / FAMILY_FILE, decoder.declared.read_bytes())
     config = with_own_head(read_config(source)) if scheme.head else read_config(source)

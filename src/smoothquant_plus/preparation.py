@@ -18,7 +18,7 @@ from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.method.search import GRID
 from smoothquant_plus.models.blocks import Decoder, check_device
-from smoothquant_plus.models.checkpoint import COMPANIONS, Checkpoint, read_config
+from smoothquant_plus.models.checkpoint import Checkpoint, companions, read_config
 from smoothquant_plus.models.families import DEFAULT_ALPHA, SMOOTH, Pair, active_pairs, published_alpha
 from smoothquant_plus.models.sizes import fitting_group_sizes
 from smoothquant_plus.models.skeleton import check_positions, declared_family, load_config, open_family, quantized_linears
@@ -72,6 +72,11 @@ def open_decoder(model: Path, calibration: Calibration, declared: Path | None) -
     declared = declared or declared_family(model)
     open_family(load_config(model), declared)  # the family before the weights: its message is the more useful one
     checkpoint = Checkpoint(model)
+    double = next((name for name, info in checkpoint.tensors.items() if info.dtype == torch.float64), None)
+    if double is not None:
+        raise InputError(
+            f"{model}: {double} is in float64, and smoothing is computed in float32: convert the checkpoint to float32 or less."
+        )
     dtype = torch.float32
     if calibration.compute_dtype == "checkpoint":
         dtypes = [info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point]
@@ -203,11 +208,11 @@ def describe(decoder: Decoder, calibration: Calibration) -> dict[str, Any]:
     options = asdict(calibration)
     options["text"] = [t if t.startswith(DATASET_PREFIX) else [Path(t).name, sha256(Path(t))] for t in calibration.texts]
     options["statistics"] = sha256(Path(calibration.statistics)) if calibration.statistics else None
-    files = [path for name in COMPANIONS if (path := decoder.checkpoint.directory / name).is_file()]
+    directory = decoder.checkpoint.directory
     return {
         "version": __version__,
         "model": decoder.checkpoint.fingerprint(),
         "family": sha256(decoder.declared) if decoder.declared else None,
-        "companions": {path.name: sha256(path) for path in files},
+        "companions": {name: sha256(directory / name) for name in companions(directory)},
         **options,
     }

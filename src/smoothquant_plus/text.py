@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,36 +111,59 @@ def _dataset_documents(text: str, tokenizer: Any) -> Iterator[str]:
             f"{text}: reading a data set needs the extra 'datasets': pip install '.[datasets]' in a clone of this package."
         ) from error
     address = urlsplit(text.removeprefix(DATASET_PREFIX))
-    options = dict(parse_qsl(address.query))
+    if not address.path:
+        raise InputError(f"{text} names no data set: write {DATASET_PREFIX}NAME?split=train&column=text.")
+    options = dict(parse_qsl(address.query.replace("+", "%2B")))  # split=train+test is the sum of two
     unknown = set(options) - {"config", "split", "column"}
     if unknown:
         raise InputError(f"{text}: unknown option '{min(unknown)}': a data set takes config, split and column.")
     try:
         rows = datasets.load_dataset(address.path, options.get("config"), split=options.get("split", "train"))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"the data set {text} cannot be read: {error}") from error
     for number, record in enumerate(rows, 1):
         yield _document(record, options.get("column", "text"), f"{text}, row {number}", tokenizer)
 
 
+PIECE = 1 << 20  # characters that are tokenized at once
+
+
 def tokenize(text: str, tokenizer: Any) -> list[int]:
-    """The token ids of one text, with the tokenizer's special tokens; one that a chat template has written already is not added again."""
+    """The token ids of one text, with the tokenizer's special tokens; one that a chat template has written already is not added again.
+
+    A long text is cut after the ends of lines: tokenizers take 170 bytes of memory for each of text. Raises InputError for half a character.
+    """
     begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, add_special_tokens=not begins, verbose=False)["input_ids"])
+    ids: list[int] = []
+    start = 0
+    while start < len(text) or start == 0:
+        end = start + PIECE
+        end = len(text) if end >= len(text) else text.rfind("\n", start, end) + 1 or end
+        piece = text[start:end]
+        try:
+            piece.encode()
+        except UnicodeEncodeError as error:
+            at = start + error.start
+            raise InputError(
+                f"the text has half of a character, a lone surrogate, after {text[max(0, at - 20) : at]!r}: remove it."
+            ) from error
+        ids += tokenizer(piece, add_special_tokens=start == 0 and not begins, verbose=False)["input_ids"]
+        start = max(end, 1)
+    return ids
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """All documents that are not blank as one stream of token ids, int64 (tokens,), each ended by the end-of-sequence token where there is
     one."""
-    ids: list[int] = []
+    ids = array("q")
     for document in read_documents(texts, tokenizer):
         if document.strip():
-            ids += tokenize(document, tokenizer)
+            ids.extend(tokenize(document, tokenizer))
             if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
                 ids.append(tokenizer.eos_token_id)
     if not ids:
         raise InputError(f"the text is empty: {', '.join(texts)}.")
-    return torch.tensor(ids)
+    return torch.frombuffer(ids, dtype=torch.int64).clone()
 
 
 def check_ids(ids: Tensor, vocabulary: int, directory: Path) -> None:
@@ -176,6 +200,8 @@ def take_samples(texts: Sequence[str], tokenizer: Any, samples: int, seq_len: in
             f"the text is too short: {', '.join(texts)} gives {len(windows)} samples of {seq_len} tokens, and {samples} were asked for. "
             f"Give more text, --samples {len(windows)} or a smaller --seq-len."
         )
+    if windows[0].numel() < 2:
+        raise InputError(f"the text is too short: {', '.join(texts)} gives one token, and nothing follows it. Give more text.")
     chosen = [windows[index * len(windows) // samples] for index in range(samples)]
     return Samples([window[None] for window in chosen], len(windows))
 

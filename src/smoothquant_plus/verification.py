@@ -16,7 +16,7 @@ from smoothquant_plus.errors import InputError, VerificationError
 from smoothquant_plus.files import sha256
 from smoothquant_plus.method.scheme import Scheme
 from smoothquant_plus.models.blocks import Decoder
-from smoothquant_plus.models.checkpoint import COMPANIONS, CONFIG, INDEX, Checkpoint, read_linear, wrong_layout
+from smoothquant_plus.models.checkpoint import CONFIG, INDEX, Checkpoint, companions, read_linear, wrong_layout
 from smoothquant_plus.models.experts import recorded
 from smoothquant_plus.models.families import FAMILY_FILE, Family, active_pairs
 from smoothquant_plus.models.skeleton import declared_family, decoder_blocks, disk_names, head_path, is_transposed, linears, open_directory
@@ -53,7 +53,8 @@ class Report:
 
 def manifest(directory: Path) -> dict[str, str]:
     """{file name: sha256} of everything in an output directory, but the manifest itself."""
-    return {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
 
 
 def read_plan(directory: Path) -> dict[str, Any]:
@@ -119,10 +120,11 @@ def _check_hashes(directory: Path, report: Report) -> list[str]:
         elif sha256(path) != expected:
             problems.append(f"{name} has changed (its sha256 is not the manifest's)")
         report.files += 1
-    for path in sorted(directory.iterdir()):
-        # Anything else, such as a model card, may lie beside what was written.
-        if path.name not in listed and (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, PLAN, FAMILY_FILE, *COMPANIONS)):
-            problems.append(f"{path.name} is not in {MANIFEST}")
+    # Anything else, such as a model card, may lie beside what was written.
+    read = [path.name for path in directory.glob("*.safetensors")] + [
+        n for n in (CONFIG, INDEX, PLAN, FAMILY_FILE) if (directory / n).is_file()
+    ]
+    problems += [f"{name} is not in {MANIFEST}" for name in sorted([*read, *companions(directory)]) if name not in listed]
     return problems
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,28 +56,24 @@ class Workspace:
         self.search = Journal(self.root / "search")
         self.blocks = Journal(self.root / "blocks")
         self.complete = False
+        self._lock: int | None = None
 
     def __enter__(self) -> Workspace:
         self._check_output()
+        if self.complete and not self.root.exists():
+            return self
         existing = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not existing.is_dir():
             raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.root.mkdir(exist_ok=True)
-        # A file, open for writing: a network file system locks nothing else.
-        self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError(f"{self.root}, where the work of this run would be kept, is a file: remove it.")
+        self._lock = self._take_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self.root / LOCK).exists() or (self.root / LOCK).stat().st_ino != os.fstat(self._lock).st_ino:
-                raise BlockingIOError  # another process finished, and removed it, between the last lines
             self._check_output()
             if self.complete:
                 self._clear()  # what a run that was killed after publishing left behind
                 return self
             self._check_recipe()
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise InputError(f"another process is writing {self.output} (it holds {self.root}): wait for it or stop it.") from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -90,7 +87,29 @@ class Workspace:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, (InputError, VerificationError)) and not self.complete and not self.started:
             self._clear()  # there is nothing to continue, and the next try will have other options or inputs
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        """The lock of the directory, which is made if it is not there. Raises InputError while another process holds it."""
+        while True:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                # A file, open for writing: a network file system locks nothing else.
+                lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except (FileNotFoundError, FileExistsError):
+                continue  # another process removed the directory in between
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise InputError(f"another process is writing {self.output} (it holds {self.root}): wait for it or stop it.") from error
+            try:
+                if (self.root / LOCK).stat().st_ino == os.fstat(lock).st_ino:
+                    return lock
+            except FileNotFoundError:
+                pass
+            os.close(lock)  # of a file that another process has removed since
 
     def _check_output(self) -> None:
         if self.output.exists() or self.output.is_symlink():  # a link to nothing is in the way, too
@@ -106,9 +125,7 @@ class Workspace:
         differs = list(differences(json.loads(path.read_text()), asked)) if path.is_file() else []
         if not path.is_file() or (differs and not self.started and not self.head_result.is_file()):
             # Nothing has been done yet: what lies here is left from a directory that was being removed, or from a run that was ended early.
-            for leftover in self.root.iterdir():
-                if leftover.name != LOCK:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._empty()
             write_json(path, asked)
             return
         if differs:
@@ -143,12 +160,23 @@ class Workspace:
         """Let `result`, the finished directory or file, appear under the output's name at once, and remove the rest."""
         for path in [*result.rglob("*"), result]:
             sync(path)
+        if self.output.exists():
+            raise InputError(f"{self.output} was made by something else during this run: remove it, and run the same command again.")
         result.rename(self.output)
         sync(self.output.parent)
         self._clear()
 
+    def _empty(self) -> None:
+        for leftover in self.root.iterdir():
+            if leftover.name != LOCK:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
     def _clear(self) -> None:
-        shutil.rmtree(self.root)
+        """Remove the directory, the lock last: until then no other process is at work in it, and afterwards it may be another's."""
+        self._empty()
+        (self.root / LOCK).unlink()
+        with suppress(OSError):
+            self.root.rmdir()
 
 
 class Journal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -331,6 +332,14 @@ def test_relu_lets_a_factor_through_and_gelu_does_not() -> None:
     for name, expected in (("opt", True), ("opt-gelu-untied", False)):
         pairs = active_pairs(FAMILIES["opt"], families.TINY[name], "all")
         assert any(pair.source == "fc1" for pair in pairs) is expected
+
+
+@pytest.mark.parametrize("name", ["olmo", "olmoe"])
+def test_clipped_values_let_no_factor_through(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped = copy.deepcopy(families.TINY[name])
+    clipped.clip_qkv = 0.02
+    monkeypatch.setitem(families.TINY, "clipped", clipped)
+    assert families.change_by_smoothing(families.write("clipped", tmp_path / "model", torch.float64), torch.float64, "all") < 1e-9
 
 
 def test_published_alphas() -> None:

@@ -111,3 +111,29 @@ def test_generated_text_keeps_the_space_it_begins_with(tiny: Callable[..., Path]
 
     monkeypatch.setattr("smoothquant_plus.runtime.generate.load_tokenizer", lambda _: Tokenizer())
     assert generate(tiny("llama"), "1 2 3", max_new_tokens=2, dtype=torch.float32).startswith(" ")
+
+
+def test_what_is_packed_for_the_kernels_is_not_saved(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a quantized model cannot be saved.*Copy its directory"):
+        load(quantized).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@torch.no_grad()
+def test_another_dtype_leaves_the_scales_alone(quantized: Path) -> None:
+    model = load(quantized, dtype=torch.float32)
+    scales = {name: buffer for name, buffer in model.named_buffers() if "prepared" in name and buffer.is_floating_point()}
+    before = model(families.IDS).logits
+    model.to(torch.bfloat16)
+    assert scales and all(torch.equal(model.get_buffer(name), scale) for name, scale in scales.items())
+    after = model(families.IDS).logits
+    assert after.dtype == torch.bfloat16 and ((after - before).norm() / before.norm()).item() < 0.05
+
+
+def test_generate_is_greedy_whatever_the_model_says(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    expected = generate(tiny(), "abc", max_new_tokens=8)
+    shutil.copytree(tiny(), tmp_path / "model")
+    wishes = {"num_beams": 4, "repetition_penalty": 1.5, "return_dict_in_generate": True, "no_repeat_ngram_size": 1}
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wishes))
+    assert generate(tmp_path / "model", "abc", max_new_tokens=8) == expected

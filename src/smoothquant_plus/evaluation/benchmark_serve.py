@@ -73,6 +73,8 @@ def bench_serve(
     One model alone, in full precision, is served as it is, and quantized while it is loaded as W8A8 and as W4A16. `options` are those of the
     server, as in `server_command`. Raises InputError as that does, before anything is started, and for a server that does not start.
     """
+    if not directories:
+        raise InputError("there is nothing to serve: give the directory of a model.")
     served: list[tuple[Path, str | None]] = [(directory, None) for directory in directories]
     if len(directories) == 1 and stored_scheme(directories[0]) is None:
         served += [(directories[0], scheme) for scheme in SCHEMES]

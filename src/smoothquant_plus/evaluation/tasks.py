@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smoothquant_plus.errors import InputError, did_you_mean
+from smoothquant_plus.models.checkpoint import read_config
 from smoothquant_plus.runtime.load import load
 from smoothquant_plus.text import load_tokenizer
 
@@ -66,6 +67,7 @@ def evaluate_tasks(
         raise InputError(f"tasks need the extra 'tasks': pip install '.[tasks]' in a clone of this package ({error}).") from error
     if include is not None and not Path(include).is_dir():
         raise InputError(f"--include {include}: there is no such directory.")
+    read_config(Path(model))  # its message for a directory that is not there
     tokenizer = load_tokenizer(Path(model))
     if chat and not getattr(tokenizer, "chat_template", None):
         raise InputError(f"--chat: the tokenizer in {model} has no chat template.")

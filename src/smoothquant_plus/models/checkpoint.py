@@ -45,6 +45,7 @@ COMPANIONS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a directory of .jinja files, named ones beside chat_template.jinja
 
 
 FINGERPRINT_PAGES = 64
@@ -153,11 +154,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory} has no {CONFIG}: it is not a Hugging Face model directory.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object.")
     return config
+
+
+def companions(directory: Path) -> list[str]:
+    """What of COMPANIONS and TEMPLATES is in a model directory, as paths inside it."""
+    templates = sorted(path.relative_to(directory).as_posix() for path in (directory / TEMPLATES).glob("*.jinja"))
+    return [name for name in COMPANIONS if (directory / name).is_file()] + templates
 
 
 def _find_shards(directory: Path) -> dict[str, list[str] | None]:
@@ -335,7 +342,10 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
         return None
     if not isinstance(declared, dict):
         raise InputError(f"{where / CONFIG} has a quantization_config that is not a JSON object.")
-    groups = sorted((declared.get("config_groups") or {}).values(), key=lambda group: group.get("targets") != ["Linear"])
+    groups_by_name = declared.get("config_groups") or {}
+    if not isinstance(groups_by_name, dict) or not all(isinstance(group, dict) for group in groups_by_name.values()):
+        raise InputError(f"{where / CONFIG} has config_groups that are not JSON objects.")
+    groups = sorted(groups_by_name.values(), key=lambda group: group.get("targets") != ["Linear"])
     forms = [str(group.get("format") or declared.get("format")) for group in groups]
     if declared.get("quant_method") != "compressed-tensors" or not groups or not set(forms) <= set(FORMATS.values()):
         raise InputError(
@@ -374,12 +384,14 @@ def read_scheme(config: Mapping[str, Any], where: Path, heads: Sequence[str]) ->
 def _scheme_of(group: Mapping[str, Any], form: str) -> Scheme:
     """The scheme of a config group in the format `form`. Raises ValueError, or KeyError, for one that this package does not run."""
 
-    def quant(arguments: Mapping[str, Any] | None) -> Quant:
-        if (arguments or {}).get("actorder") not in (None, False, "static", "weight"):  # those leave no trace in what is stored
+    def quant(arguments: Any) -> Quant:
+        if not isinstance(arguments, dict):
+            raise ValueError(f"arguments that are not a JSON object: {arguments!r}")
+        if arguments.get("actorder") not in (None, False, "static", "weight"):  # those leave no trace in what is stored
             raise ValueError("groups of reordered input channels (actorder)")
-        if (arguments or {}).get("type", "int") != "int":
-            raise ValueError(f"numbers of type {(arguments or {})['type']!r}")
-        return Quant.model_validate({ours: (arguments or {}).get(theirs) for ours, theirs in ARGUMENTS.items()})
+        if arguments.get("type", "int") != "int":
+            raise ValueError(f"numbers of type {arguments['type']!r}")
+        return Quant.model_validate({ours: arguments.get(theirs) for ours, theirs in ARGUMENTS.items()})
 
     if group.get("output_activations"):
         raise ValueError("quantized outputs (output_activations)")
@@ -405,11 +417,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
 
     def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it: the library's files are their owner's alone
         try:
             save_file(contiguous, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             # The library reports a full disk as its own error type.
             raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, f"cannot write {path}: {error}") from error
+        temporary.chmod(mode)
 
     write_atomic(path, write)
 

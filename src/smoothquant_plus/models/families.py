@@ -125,6 +125,7 @@ NORMS_AFTER = (VALUES, UP)
 PARALLEL = (Pair("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")), VALUES, UP)  # attention and MLP read the same norm
 # In models whose blocks have attention or something linear in its place.
 OPTIONAL_VALUES = replace(VALUES, optional=True)
+UNCLIPPED_VALUES = replace(VALUES, requires={"clip_qkv": None})  # clamped values let no factor through
 
 
 def mixer(*projections: str) -> Pair:
@@ -222,7 +223,7 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     ),
-    "olmoe": Family(model_types=("olmoe",), blocks="model.layers", pairs=(ATTENTION, *mixture(), VALUES), alpha=None),
+    "olmoe": Family(model_types=("olmoe",), blocks="model.layers", pairs=(ATTENTION, *mixture(), UNCLIPPED_VALUES), alpha=None),
     "minimax_m2": Family(
         model_types=("minimax_m2",),
         blocks="model.layers",
@@ -350,8 +351,8 @@ FAMILIES: dict[str, Family] = {
         alpha=None,
         unquantized=("router.proj",),
     ),
-    # No gain to fold factors into: its norms do not multiply. Clamped values let none through.
-    "olmo": Family(model_types=("olmo",), blocks="model.layers", pairs=(replace(VALUES, requires={"clip_qkv": None}), UP), alpha=None),
+    # No gain to fold factors into: its norms do not multiply.
+    "olmo": Family(model_types=("olmo",), blocks="model.layers", pairs=(UNCLIPPED_VALUES, UP), alpha=None),
     "olmo2": Family(model_types=("olmo2", "olmo3"), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
     "exaone4": Family(model_types=("exaone4",), blocks="model.layers", pairs=NORMS_AFTER, alpha=None),
     "cohere": Family(model_types=("cohere", "cohere2"), blocks="model.layers", pairs=PARALLEL, alpha=None),

@@ -55,7 +55,7 @@ def load_config(directory: Path) -> Any:
                 f"transformers supports itself.{did_you_mean(str(declared.get('model_type')), supported())}"
             ) from error
         if declared.get("model_type") not in supported():
-            raise unknown(declared.get("model_type") or "(none)") from error
+            raise unknown(str(declared.get("model_type") or "(none)")) from error
         raise InputError(f"{directory / 'config.json'} is not a usable configuration: {error!r}") from error
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if layers < 1:

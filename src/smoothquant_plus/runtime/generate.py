@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from smoothquant_plus.errors import InputError
 from smoothquant_plus.models.skeleton import check_positions, load_config
@@ -33,6 +34,9 @@ def generate(
     check_ids(torch.tensor(ids), config.vocab_size, Path(directory))
     check_positions(config, len(ids) + max_new_tokens, f"--max-new-tokens {max_new_tokens} after the prompt's {len(ids)} tokens")
     model = load(directory, device=device, dtype=dtype, backend=backend, arithmetic=arithmetic, attention=attention)
+    # Nothing else of what the model's author wants of `generate`: no beams, penalties or other kinds of caches.
+    kept = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False)[0]
     # Decoded with the prompt: by themselves many tokenizers drop the space that the first new token begins with.

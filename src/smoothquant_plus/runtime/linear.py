@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,16 @@ class QuantLinear(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` with this `bias` (N,), or none, in place of the layer's own."""
         return self._kernels.linear(x, self.prepared, self.scheme, self.input_scale, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """What `to`, `half` and the like do: they move all of it, and change the dtype of the bias alone. Scales are as the kernels want them."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if made.dtype == tensor.dtype or tensor is self.bias else tensor.to(made.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}, backend={self.backend}"

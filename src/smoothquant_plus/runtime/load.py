@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,15 @@ def load(
     fuse(blocks)
     if attention is not None:
         use_int8(model)
-    if scheme is not None and model.device.type == "cpu":  # what is not quantized stays as transformers has it
-        speed_up(model)
+    if scheme is not None:
+        model.save_pretrained = partial(_refuse_to_save, directory)
+        if model.device.type == "cpu":  # what is not quantized stays as transformers has it
+            speed_up(model)
     return model.eval()
+
+
+def _refuse_to_save(directory: Path, *_: Any, **__: Any) -> None:
+    raise InputError(f"a quantized model cannot be saved: its weights are packed for the kernels here. Copy its directory, {directory}.")
 
 
 def in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
