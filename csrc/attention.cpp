@@ -27,9 +27,6 @@ constexpr int64_t kTokens = kPanel, kValueSteps = kTokens / 4;
 // Rows of queries that go over the same pages together, and pages that are summed up before the next ones are. Results depend on the pages, not on the rows.
 constexpr int64_t kRows = 32, kSpan = 8;
 
-// Where one number is not finite all that it is multiplied with becomes NaN: of a score of -infinity softmax would leave no trace.
-float scale_for(float largest) { return largest <= std::numeric_limits<float>::max() ? scale_of(largest, nullptr) : std::numeric_limits<float>::quiet_NaN(); }
-
 struct Cache {
   uint8_t *all_keys, *all_values;
   float* all_scales;
@@ -70,7 +67,7 @@ void cpu_cache_append(const Tensor& cached_keys, const Tensor& cached_values, co
     const auto integers = room<uint8_t>(4 * longest);  // of four tokens, 128 added
     const auto quantize = [&](const Tensor& from, Type type, int64_t index, int64_t count, uint8_t* to) {
       kernels.read(type, static_cast<const char*>(from.data_ptr()) + index * count * size_of(type), count, row.get());
-      const float largest = kernels.absolute_maximum(row.get(), count), scale = scale_for(largest);
+      const float largest = kernels.absolute_maximum(row.get(), count), scale = scale_of(largest, nullptr);
       kernels.quantize(row.get(), count, largest, scale, reinterpret_cast<int8_t*>(to));
       for (int64_t i = 0; i < count; ++i) to[i] ^= 0x80;  // as the bits of two's complement have it
       return scale;
@@ -124,7 +121,7 @@ struct Integers {
   // Row `row` becomes these numbers, steps * 4 of them.
   void set(int64_t row, const float* numbers) {
     const float largest = kernels.absolute_maximum(numbers, steps * 4);
-    scales[row] = scale_for(largest);
+    scales[row] = scale_of(largest, nullptr);
     int32_t* to = fours.get() + row * steps;
     first[row] = -128 * kernels.quantize(numbers, steps * 4, largest, scales[row], reinterpret_cast<int8_t*>(to));
     if (kernels.cut) rests[row] = kernels.cut(0, steps, to, rest.get() + row * steps);

@@ -140,12 +140,12 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
-// What kAvx512Bf16 has beyond kAvx512.
+// What the level avx512_bf16 has beyond kAvx512.
 void bfloat16_avx512(int64_t blocks, const Block*, const W8Tile&);
 void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);
 float sum_bfloat16_avx512(const void* x, int64_t count);
 int64_t peak_bfloat16_avx512(int64_t iterations);
-// Whether the processor has AMX and the system lets this process use it; and kAvx512Bf16's kernels with AMX's products.
+// Whether the processor has AMX and the system lets this process use it; and that level's kernels with AMX's products.
 bool amx_allowed();
 Kernels with_amx(Kernels);
 #endif

@@ -38,7 +38,7 @@ std::vector<Kernels> levels_here() {
   return levels;
 }
 
-const std::vector<Kernels> kLevels = levels_here();
+const std::vector<Kernels>& kLevels = *new std::vector<Kernels>(levels_here());  // never destroyed: threads may still multiply when the process ends
 
 // The fastest level: the highest, but for Intel's processors without AMX, whose vectors multiply bfloat16 numbers at a fraction of the speed of AMD's.
 const Kernels* fastest() {
@@ -64,8 +64,9 @@ int64_t cpu_level(int64_t level) {
   return chosen - kLevels.data();
 }
 
-// Reads all of a tensor, with torch's threads: the result says nothing.
+// Reads a tensor, but for what is after its last whole MB, with torch's threads: the result says nothing.
 int64_t cpu_read(const Tensor& from) {
+  STD_TORCH_CHECK(from.is_contiguous(), "a contiguous tensor is needed");
   const int64_t bytes = from.numel() * from.element_size(), chunk = 1 << 20;
   const char* p = static_cast<const char*>(from.data_ptr());
   const int64_t chunks = bytes / chunk;

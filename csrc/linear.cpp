@@ -1,7 +1,8 @@
 // Linear layers: inputs checked, activations prepared, panels handed to threads. Written against PyTorch's stable ABI (2.10), so that one build
 // serves later versions too; threads are torch's own.
 //
-// Each number of a result is computed by one thread, in an order that depends neither on how many threads there are nor on the rows beside it.
+// Each number of a result is computed by one thread, in an order that depends neither on how many threads there are nor on the rows beside it
+// (but for W4A16 with AMX: docs/add-a-kernel.md).
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -201,8 +202,8 @@ Tensor cpu_w8a8(const Tensor& given, const Tensor& packed, const Tensor& weight_
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == round_up(n, kPanel) * steps * 4,
                   "the packed weight does not fit x and the scales");
   STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.is_contiguous() &&
-                      (!input_scale || input_scale->scalar_type() == ScalarType::Float),
-                  "float32 scales are needed");
+                      (!input_scale || (input_scale->scalar_type() == ScalarType::Float && input_scale->numel() == 1)),
+                  "float32 scales are needed, and one of the input at most");
   const auto offset = floats_of(kernels, bias, n);
   Tensor y = result_for(x, n);
   if (m == 0 || n == 0) return y;

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -63,9 +64,10 @@ inline Tensor result_for(const Tensor& x, int64_t channels) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// What the scale of an activation is whose row, or all of which, has this largest absolute value. NaN where that is NaN, so that the results are too.
+// What the scale of an activation is whose row, or all of which, has this largest absolute value. NaN where that is NaN, or infinite and no given scale clips it, so that
+// the results are too.
 inline float scale_of(float largest, const float* given) {
-  if (largest != largest) return largest;
+  if (!(largest <= (given ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::max()))) return std::numeric_limits<float>::quiet_NaN();
   return given ? *given : largest == 0 ? 1.0f : largest / 127.0f;
 }
 

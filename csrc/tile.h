@@ -1,4 +1,4 @@
-// The products, for an instruction set `V` that says what a vector of V::width numbers is (portable.cpp, avx2.cpp, avx512.cpp).
+// The products, for an instruction set `V` that says what a vector of V::width numbers is (portable.cpp, avx2.cpp, avx512.h).
 #pragma once
 
 #include "kernels.h"

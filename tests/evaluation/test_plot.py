@@ -66,5 +66,5 @@ def test_lost_files_are_named(tiny: Callable[..., Path], calibration: Calibratio
 
 def test_without_matplotlib(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"smoothquant-plus\[plot\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[plot\]'"):
         plot(tiny())

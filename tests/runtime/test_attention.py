@@ -165,6 +165,8 @@ def test_the_ops_refuse_what_does_not_fit() -> None:
         cpu.attention(query, layer.cache, 129, 16, scaling=0.2)
     with pytest.raises(RuntimeError, match="the cache does not fit"):
         cpu.cache_append(layer.cache, key, value, 59)
+    seen = torch.rand(1, 2, 70, 3).transpose(2, 3) < 0.5  # a mask in another order fits
+    assert torch.equal(ours(query, layer, 0.2, mask=seen), ours(query, layer, 0.2, mask=seen.contiguous()))
 
 
 def test_ops_as_torch_wants_them() -> None:

@@ -330,3 +330,29 @@ def test_a_static_layer_needs_its_scale() -> None:
     scheme = find_scheme("w8a8", "static")
     with pytest.raises(ValueError, match="needs the input scale"):
         QuantLinear(quantize_weight(torch.randn(4, 4), scheme.weights), scheme)
+
+
+def test_a_layer_says_what_does_not_fit_it() -> None:
+    scheme = find_scheme("w8a8")
+    weight = quantize_weight(torch.randn(16, 126), scheme.weights)
+    with pytest.raises(ValueError, match=r"a bias of shape \(15,\) does not fit 16 output channels"):
+        QuantLinear(weight, scheme, bias=torch.zeros(15))
+    bias = torch.randn(32)[::2]
+    for backend in ("cpu", "torch", "reference"):
+        layer = QuantLinear(weight, scheme, bias=bias, backend=backend)
+        with pytest.raises(ValueError, match="x has 128 channels, and the layer 126"):
+            layer(torch.randn(2, 128))
+        torch.testing.assert_close(layer(torch.zeros(1, 126))[0], bias)
+
+
+def test_sums_that_could_overflow_are_left_to_the_reference() -> None:
+    shape = (8, torch_int8.LARGEST_K + 1)
+    assert select(find_scheme("w8a8"), CPU, shape)[0] == "reference"
+
+
+def test_scales_in_float64_are_rounded_once() -> None:
+    scheme = find_scheme("w4a16", group_size=32)
+    weight = quantize_weight(torch.randn(16, 64), scheme.weights, torch.float64)
+    x = torch.randn(2, 64)
+    ours, right = (QuantLinear(weight, scheme, backend=backend)(x) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)

@@ -47,7 +47,7 @@ def test_what_is_refused(tiny: Callable[..., Path], tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match=r"config\.json"):
         server_command(tmp_path)
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"vLLM is not installed here: `pip install smoothquant-plus\[vllm\]`"):
+    with pytest.raises(InputError, match=r"vLLM is not installed here: `pip install '\.\[vllm\]'`"):
         server_command(tiny("llama"))
 
 

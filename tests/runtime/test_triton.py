@@ -204,7 +204,7 @@ def test_what_is_not_finite_stays_in_its_token(scheme: Scheme, bad: float) -> No
         clean = layer(x)
         x[1, 5] = bad
         y = layer(x)
-        assert not torch.isfinite(y[1]).any()
+        assert y[1].isnan().all() if eight else not torch.isfinite(y[1]).any()
         others = [row for row in range(m) if row != 1]
         assert torch.equal(y[others], clean[others])
 

@@ -160,8 +160,9 @@ def test_the_ops_refuse_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="the cache does not fit"):
             triton.cache_append(layer.cache, more_keys, more_values, 0)
-    with pytest.raises(ValueError, match="the cache does not fit"):
-        triton.cache_append(layer.cache, key, value, 59)
+    for at in (59, -1):
+        with pytest.raises(ValueError, match="the cache does not fit"):
+            triton.cache_append(layer.cache, key, value, at)
     assert not triton.attention(query, layer.cache, 0, 16, scaling=0.2).any()  # of no positions
 
 

@@ -52,6 +52,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {self.out_features} output channels")
         if scheme.static and input_scale is None:
             raise ValueError(f"static activation quantization needs the input scale of this {self.out_features}x{self.in_features} layer")
         self.scheme = scheme
@@ -61,7 +63,7 @@ class QuantLinear(nn.Module):
         for name, tensor in prepared.items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("input_scale", input_scale, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.contiguous(), persistent=False)
 
     @property
     def prepared(self) -> tuple[Tensor, ...]:
@@ -81,7 +83,9 @@ class QuantLinear(nn.Module):
         return inputs is not None and inputs.dynamic and inputs.strategy == "token" and hasattr(self._kernels, "product")
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`forward` with this `bias` (N,), or none, in place of the layer's own."""
+        """`forward` with this `bias` (N,), or none, in place of the layer's own. Raises ValueError for x of other channels."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} channels, and the layer {self.in_features} input channels")
         return self._kernels.linear(x, self.prepared, self.scheme, self.input_scale, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:

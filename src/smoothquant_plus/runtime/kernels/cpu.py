@@ -86,7 +86,8 @@ def prepare(weight: QuantizedWeight) -> tuple[Tensor, ...]:
     # A group whose weights are all zero adds nothing, whatever rounding its two sums leave.
     groups = weight.values.reshape(*weight.scale.shape, -1)
     zero = 0 if weight.zero_point is None else weight.zero_point[..., None]
-    scale = weight.scale.masked_fill((groups == zero).all(dim=-1), 0)
+    scale = weight.scale.float() if weight.scale.dtype == torch.float64 else weight.scale
+    scale = scale.masked_fill((groups == zero).all(dim=-1), 0)
     # The first says how many channels there are: panels have more.
     prepared = (weight.values.new_empty(rows, 0), ops.cpu_pack_w4(weight.values), panels(scale))
     return prepared if weight.zero_point is None else (*prepared, panels(weight.zero_point))
@@ -166,6 +167,8 @@ def attention(
     if query.dtype == torch.float64:
         how = {"scaling": scaling, "softcap": softcap, "causal": causal, "mask": mask}
         return attention(query.float(), cache, length, channels, **how).double()  # type: ignore[arg-type]
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
     y: Tensor = torch.ops.smoothquant_plus.cpu_attention(query, *cache, length, channels, scaling, softcap, causal, mask)
     return y
 

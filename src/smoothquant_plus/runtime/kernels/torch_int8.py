@@ -13,10 +13,15 @@ from smoothquant_plus.method.scheme import Quant, Scheme
 # On CUDA `_int_mm` refuses 16 rows and fewer.
 CUDA_ROWS = 32
 
+# |x| <= 128 on both sides: sums of more input channels could overflow an int32.
+LARGEST_K = (2**31 - 1) // (128 * 128)
+
 
 def supports(scheme: Scheme, device: torch.device, shape: tuple[int, int]) -> str | None:
     if scheme.name != "w8a8":
         return "it multiplies 8-bit integers"
+    if shape[1] > LARGEST_K:
+        return f"its sums are exact for at most {LARGEST_K} input channels"
     if device.type == "cuda" and (shape[0] % 8 or shape[1] % 8):
         return "torch._int_mm needs input and output channels that are multiples of 8 on CUDA"
     if device.type not in ("cpu", "cuda"):

@@ -25,7 +25,7 @@ LARGEST_NORM, LARGEST_PRODUCT = 16384, 32768
 def quantize_row(y):
     """`quantize_input` per token for a row y, float32 (BLOCK,) with zeros beyond its end: int8 (BLOCK,) and the float32 scale."""
     scale = scale_of_token(tl.max(tl.abs(y).to(tl.int32, bitcast=True), axis=0))
-    return round_to_int8(y, scale), scale
+    return round_to_int8(y, scale), scale + (scale - scale)  # NaN where it is infinite
 
 
 @triton.jit

@@ -234,7 +234,8 @@ def cache_append(keys: Tensor, values: Tensor, scales: Tensor, key: Tensor, valu
     batch, heads, tokens, width = key.shape
     room = (batch, heads, keys.shape[2])
     fits = keys.shape == (*room, _stored(width) * PAGE) and values.shape == (*room, _stored(value.shape[3]) * PAGE)
-    if not fits or key.shape[:3] != value.shape[:3] or at + tokens > scales.shape[-1]:
+    fits = fits and keys.shape[2] * PAGE == scales.shape[-1] and 0 <= at <= scales.shape[-1] - tokens
+    if not fits or key.shape[:3] != value.shape[:3]:
         raise ValueError("the cache does not fit the keys and values")
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     if key.numel():

@@ -60,7 +60,8 @@ def quantize_kernel(x_ptr, given_ptr, values_ptr, scale_ptr, K, filled, x_stride
     largest = tl.max(largest, axis=0)
     scale = scale_of_token(largest) if given_ptr is None else tl.load(given_ptr)
     maximum = largest.to(tl.float32, bitcast=True)
-    tl.store(scale_ptr + row, tl.where(maximum == maximum, scale, maximum))
+    stored = tl.where(maximum == maximum, scale, maximum)
+    tl.store(scale_ptr + row, stored + (stored - stored))  # NaN where it is infinite: not finite results with wrong signs
     for start in range(0, filled, LENGTH):
         k = start + tl.arange(0, LENGTH)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
