@@ -607,6 +607,20 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert set(found) <= {"published", "refused", "another"} and {"published", "refused"} <= set(found)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_where_the_work_would_be_kept_is_named(link: bool, tmp_path: Path) -> None:
+    kept = tmp_path / ".OUT.partial"
+    kept.symlink_to(tmp_path / "nowhere") if link else kept.touch()
+    with pytest.raises(InputError, match=r"\.OUT\.partial, .*, is not a directory: remove it"):
+        Workspace(tmp_path / "OUT", {}, {}).__enter__()
+
+
+def test_a_link_to_nothing_above_the_output_is_no_endless_wait(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        Workspace(tmp_path / "link" / "OUT", {}, {}).__enter__()
+
+
 def test_what_appears_during_the_run_is_not_replaced(tmp_path: Path) -> None:
     output = tmp_path / "factors.safetensors"
     with pytest.raises(InputError, match="was made by something else during this run"), Workspace(output, {}, {}) as workspace:

@@ -65,8 +65,7 @@ class Workspace:
         existing = next(parent for parent in self.output.absolute().parents if parent.exists())
         if not existing.is_dir():
             raise InputError(f"{self.output} cannot be made, because {existing} is a file: choose another output.")
-        if self.root.exists() and not self.root.is_dir():
-            raise InputError(f"{self.root}, where the work of this run would be kept, is a file: remove it.")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
             self._check_output()
@@ -94,10 +93,14 @@ class Workspace:
         """The lock of the directory, which is made if it is not there. Raises InputError while another process holds it."""
         while True:
             try:
-                self.root.mkdir(parents=True, exist_ok=True)
+                self.root.mkdir(exist_ok=True)
                 # A file, open for writing: a network file system locks nothing else.
                 lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except (FileNotFoundError, FileExistsError):
+                if (self.root.exists() or self.root.is_symlink()) and not self.root.is_dir():
+                    raise InputError(f"{self.root}, where the work of this run would be kept, is not a directory: remove it.") from None
+                if not self.output.parent.is_dir():
+                    raise
                 continue  # another process removed the directory in between
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
