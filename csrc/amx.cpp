@@ -136,18 +136,41 @@ SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t ti
   }
 }
 
-// For more rows and 32 output channels: four products for four loads, which no other arrangement of eight tiles has.
-template <class Dot, class Aside>
+// On a core that another thread shares, loads and products of tiles wait for each other unless something else is between them, whatever it is.
+SQPLUS_INLINE void between() {
+#if !defined(SQPLUS_EMULATE)
+  asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");
+#endif
+}
+
+// For more rows and 32 output channels: four products for four loads, which no other arrangement of eight tiles has. Weights that are `far`, in the second-level cache, are
+// fetched into the first one a step before.
+template <class Dot, bool far, class Aside>
 SQPLUS_INLINE void multiply_two(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
   for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
+    const auto fetch = [&](int eighth) __attribute__((always_inline)) {
+      if (!far) return;
+      between();
+      for (int row = kRows / 8 * eighth; row < kRows / 8 * (eighth + 1); ++row) {
+        for (int tile = 0; tile < 2; ++tile) V::prefetch<true>(w.at + w.next + row * w.row + tile * beside);
+      }
+    };
     load<6>(w.at, w.row);
+    fetch(0);
     load<4>(x.at, x.row);
+    fetch(1);
     Dot::template multiply<0, 4, 6>();
+    fetch(2);
     load<7>(w.at + beside, w.row);
+    fetch(3);
     Dot::template multiply<1, 4, 7>();
+    fetch(4);
     load<5>(x.at + kRows * x.row, x.row);
+    fetch(5);
     Dot::template multiply<2, 5, 6>();
+    fetch(6);
     Dot::template multiply<3, 5, 7>();
+    fetch(7);
     aside.step(k);
   }
 }
@@ -197,7 +220,7 @@ void w8_steps(const W8Tile& t, const Block& own, int64_t start, int64_t tiles, i
   if (own.rows <= kRows) {
     walk(std::true_type{}, 0, multiply_one<Dot, Coming>);
   } else {
-    for (int from = 0; from < kPanel; from += 2 * kChannels) walk(std::false_type{}, from, multiply_two<Dot, Coming>);
+    for (int from = 0; from < kPanel; from += 2 * kChannels) walk(std::false_type{}, from, multiply_two<Dot, true, Coming>);
   }
 }
 
@@ -352,7 +375,7 @@ void w4_groups(int64_t blocks, const Block* block, const W4Tile& t) {
       if constexpr (parts == 1) {
         multiply_one<Dot>(x, w, Own::of_tile, Own::tiles, aside);
       } else if (own.rows > kRows) {
-        multiply_two<Dot>(x, w, Own::of_tile, Own::tiles, aside);
+        multiply_two<Dot, false>(x, w, Own::of_tile, Own::tiles, aside);
       } else {
         multiply_half<Dot>(x, w, Own::of_tile, Own::tiles, aside);
       }
