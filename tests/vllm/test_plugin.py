@@ -310,11 +310,10 @@ def test_the_cache_of_compiled_models_knows_the_kernels(out: Out, theirs: Theirs
 def test_a_bfloat16_head_runs_on_our_product(family: str, out: Out, theirs: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
     channels: list[int] = []
     original = cpu.linear_bfloat16
-    monkeypatch.setattr(plugin, "multiplies_heads", lambda: True)  # with AMX too
     monkeypatch.setattr(cpu, "linear_bfloat16", lambda *arguments: channels.append(arguments[-1]) or original(*arguments))
     found = theirs(out(family, "token"), dtype="bfloat16")
     assert set(channels) == {-(-families.VOCABULARY // 64) * 64}  # as vLLM fills it up
-    monkeypatch.setattr(plugin, "multiplies_heads", lambda: False)
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
     expected = theirs(out(family, "token"), dtype="bfloat16")
     difference = (found[0] - expected[0]).abs()
     assert difference.max() <= 2.0**-5 and difference.mean() < 2.0**-9  # one unit in the last place of bfloat16 logits up to 8

@@ -224,14 +224,9 @@ class OnOurKernels(CompressedTensorsConfig):
                 if answer(reason and f"experts: {reason}")[0]:
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
         method = super().get_quant_method(layer, prefix)
-        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and ours_come_first() and multiplies_heads():
+        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and ours_come_first() and cpu.multiplies_bfloat16():
             return Head()
         return method
-
-
-def multiplies_heads() -> bool:
-    """Whether our product with a bfloat16 head is faster than the repacked one that vLLM takes: not with AMX, where that is, for many tokens."""
-    return cpu.multiplies_bfloat16() and not torch.cpu._is_amx_tile_supported()
 
 
 class Head(UnquantizedEmbeddingMethod):
