@@ -224,7 +224,8 @@ class OnOurKernels(CompressedTensorsConfig):
                 if answer(reason and f"experts: {reason}")[0]:
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
         method = super().get_quant_method(layer, prefix)
-        if method is None and isinstance(layer, ParallelLMHead) and current_platform.is_cpu() and ours_come_first() and cpu.multiplies_bfloat16():
+        on_cpu = current_platform.is_cpu()
+        if method is None and isinstance(layer, ParallelLMHead) and on_cpu and ours_come_first() and cpu.multiplies_bfloat16():
             return Head()
         return method
 
