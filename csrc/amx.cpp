@@ -119,28 +119,37 @@ struct Coming {
   }
 };
 
-// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next. After each tile `aside` has its own step.
-template <class Dot, class Aside>
-SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
-  for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
-    load<4>(x.at, x.row);
-    load<5>(w.at, w.row);
-    Dot::template multiply<0, 4, 5>();
-    load<6>(w.at + beside, w.row);
-    Dot::template multiply<1, 4, 6>();
-    load<7>(w.at + 2 * beside, w.row);
-    Dot::template multiply<2, 4, 7>();
-    load<5>(w.at + 3 * beside, w.row);
-    Dot::template multiply<3, 4, 5>();
-    aside.step(k);
-  }
-}
-
 // On a core that another thread shares, loads and products of tiles wait for each other unless something else is between them, whatever it is.
 SQPLUS_INLINE void between() {
 #if !defined(SQPLUS_EMULATE)
   asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");
 #endif
+}
+
+// sums += x times w for up to 16 rows and all of a panel; `beside` bytes are between 16 output channels and the next. After each tile `aside` has its own step.
+template <class Dot, class Aside>
+SQPLUS_INLINE void multiply_one(Operand x, Operand w, int64_t beside, int64_t tiles, Aside& aside) {
+  for (int64_t k = 0; k < tiles; ++k, x.at += x.next, w.at += w.next) {
+    load<4>(x.at, x.row);
+    between();
+    load<5>(w.at, w.row);
+    between();
+    Dot::template multiply<0, 4, 5>();
+    between();
+    load<6>(w.at + beside, w.row);
+    between();
+    Dot::template multiply<1, 4, 6>();
+    between();
+    load<7>(w.at + 2 * beside, w.row);
+    between();
+    Dot::template multiply<2, 4, 7>();
+    between();
+    load<5>(w.at + 3 * beside, w.row);
+    between();
+    Dot::template multiply<3, 4, 5>();
+    between();
+    aside.step(k);
+  }
 }
 
 // For more rows and 32 output channels: four products for four loads, which no other arrangement of eight tiles has. Weights that are `far`, in the second-level cache, are
