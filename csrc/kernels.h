@@ -140,6 +140,8 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+// kAvx512's w8 for processors whose own prefetching does not keep up with several rows.
+void w8_ahead_avx512(int64_t blocks, const Block*, const W8Tile&);
 // What the level avx512_bf16 has beyond kAvx512.
 void bfloat16_avx512(int64_t blocks, const Block*, const W8Tile&);
 void w4_bfloat16_avx512(int64_t blocks, const Block*, const W4Tile&);

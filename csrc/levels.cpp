@@ -23,9 +23,10 @@ std::vector<Kernels> levels_here() {
 #endif
 #if defined(__x86_64__)
   if (avx2) levels.push_back(kAvx2);
-  if (avx512) levels.push_back(kAvx512);
+  Kernels kernels = kAvx512;
+  if (__builtin_cpu_is("intel")) kernels.w8 = w8_ahead_avx512;
+  if (avx512) levels.push_back(kernels);
   if (bfloat16) {
-    Kernels kernels = kAvx512;
     kernels.name = "avx512_bf16";
     kernels.bfloat16 = bfloat16_avx512;
     kernels.w4_bfloat16 = w4_bfloat16_avx512;

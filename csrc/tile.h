@@ -121,7 +121,8 @@ SQPLUS_NOINLINE void w8_rest(const W8Tile& t, const Rest* rest, int32_t rests, i
   unroll<H>(SQPLUS_EACH(h) { V::store(reinterpret_cast<float*>(y + h * V::width), V::to_float(sum[h])); });
 }
 
-template <class V>
+// With `ahead`, several rows that are all there is fetch their weights themselves.
+template <class V, bool ahead = false>
 void w8(int64_t blocks, const Block* block, const W8Tile& t) {
   const bool last = t.start + t.count == t.steps;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -133,7 +134,11 @@ void w8(int64_t blocks, const Block* block, const W8Tile& t) {
       for (int pass = 0; pass < passes; ++pass) {
         const auto rows = [&](auto fetch) { w8_rows<V, r>(t, top, pass * channels, fetch, y); };
         if (blocks * passes == 1) {
-          rows(NoFetch<V>{});
+          if constexpr (ahead && r > 1) {
+            rows(Fetch<V, false, 4>{reinterpret_cast<const char*>(t.weight) + t.start * kStep + V::ahead, kStep});
+          } else {
+            rows(NoFetch<V>{});
+          }
         } else {
           fetching<V, false>(t.next, t.count * kStep, b * passes + pass, blocks * passes, rows);
         }
