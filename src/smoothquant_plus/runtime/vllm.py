@@ -215,7 +215,8 @@ class OnOurKernels(CompressedTensorsConfig):
     not quantized."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        if isinstance(layer, RoutedExperts) and current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        if isinstance(layer, RoutedExperts) and on_cpu:
             self._add_fused_moe_to_target_scheme_map()
             declared = self.get_scheme_dict(layer, f"{prefix}.0.{layer.ckpt_gate_proj_name}")
             if declared is not None:
@@ -224,7 +225,6 @@ class OnOurKernels(CompressedTensorsConfig):
                 if answer(reason and f"experts: {reason}")[0]:
                     return (Int8Experts if weights.num_bits == 8 else Int4Experts)(weights, inputs, layer.moe_config)
         method = super().get_quant_method(layer, prefix)
-        on_cpu = current_platform.is_cpu()
         if method is None and isinstance(layer, ParallelLMHead) and on_cpu and ours_come_first() and cpu.multiplies_bfloat16():
             return Head()
         return method
